@@ -1,0 +1,69 @@
+"""Every notebook runs from top to bottom, and what is stored in it is fit to be read.
+
+`nbdev_test` reports success for a notebook of which it ran nothing. So each one is run by itself here, has to end
+with the line `Success.`, and is searched for the ways in which cells are left out without a word.
+"""
+import os, re, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+from execnb.nbio import read_nb
+from execute_notebooks import is_skipped, kernelspec, machine_paths, root
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+from nbdev.frontmatter import FrontmatterProc
+from nbdev.process import NBProcessor
+
+timeout = 900    # seconds for one notebook
+notebooks = sorted(p.relative_to(root).as_posix() for p in nbglob(root/'nbs', as_path=True))
+every_notebook = pytest.mark.parametrize('name', notebooks)
+bypasses = {
+    r'\bos\._exit\b': 'ends the test process, and with it every later test',
+    r'^\s*%%script\b|--no-raise-error': 'goes on whatever its script does',
+    r'\bIN_TEST\b': 'does something else under test; use the flags `slow`, `gpu` or `notest`',
+}
+
+
+def code_cells(name): return [c for c in read_nb(root/name).cells if c.cell_type == 'code']
+
+
+def test_there_are_notebooks(): assert 'nbs/index.ipynb' in notebooks
+
+
+@every_notebook
+def test_runs(name):
+    command = shutil.which('nbdev_test', path=str(Path(sys.executable).parent)) or shutil.which('nbdev_test')
+    assert command, "nbdev_test is not installed: pip install -e '.[dev]'"
+    env = {**os.environ, 'OMP_WAIT_POLICY': 'passive'}
+    res = subprocess.run([command, '--path', name, '--n_workers', '0', '--do_print'], cwd=root, env=env, timeout=timeout,
+                         capture_output=True, text=True)
+    assert res.returncode == 0, f'{name} failed\n{res.stdout[-2000:]}\n{res.stderr[-8000:]}'
+    assert res.stdout.strip().split('\n')[-1] == 'Success.', f'{name}: nbdev_test ended without `Success.`\n{res.stdout[-2000:]}'
+
+
+@every_notebook
+def test_nothing_is_skipped_silently(name):
+    nb = NBProcessor(root/name, procs=FrontmatterProc, rm_directives=False, process=True).nb
+    assert nb.metadata.get('kernelspec') == kernelspec, f'{name}: run tools/execute_notebooks.py, which writes {kernelspec}'
+    assert 'skip_exec' not in nb.frontmatter_, f'{name}: its front matter leaves the whole notebook out'
+    cells = code_cells(name)
+    for cell in cells:
+        for pattern,why in bypasses.items():
+            assert not re.search(pattern, cell.source, re.M), f'{name}: this cell {why}:\n{cell.source}'
+        alone = re.fullmatch(r'(#\|.*\n|import nbdev\n|import nbdev; *)*nbdev\.nbdev_export\(\)', cell.source.strip())
+        assert 'nbdev_export(' not in cell.source or alone, f'{name}: cells that call nbdev_export are not tested:\n{cell.source}'
+    flags = set(get_config().tst_flags.split())
+    assert not cells or not all(is_skipped(c, flags) for c in cells), f'{name}: every code cell is marked not to be run'
+
+
+@every_notebook
+def test_outputs_are_stored(name):
+    cells = code_cells(name)
+    if len(cells) > 3: assert any(c.outputs for c in cells), f'{name}: no outputs; run tools/execute_notebooks.py {name}'
+
+
+@every_notebook
+def test_outputs_are_fit_to_read(name):
+    for i,cell in enumerate(read_nb(root/name).cells, 1):
+        for o in cell.get('outputs', []): assert o.output_type != 'error', f"{name}, cell {i} shows {o.ename}: {o.evalue}"
+        assert not machine_paths(cell), f'{name}, cell {i} shows a path of one machine: {machine_paths(cell)[0]}'
