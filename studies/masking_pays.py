@@ -1,0 +1,111 @@
+"""Does masking pay? The measurements that notebook 11 shows.
+
+    python studies/masking_pays.py scenes --measure                          # results/scenes/speed.json
+    python studies/masking_pays.py scenes --seed 0                           # results/scenes/mask0-seed0.json, ... at equal time
+    python studies/masking_pays.py ../shared/data/flickr8k_64 --measure      # the same for a folder of pairs
+    python studies/masking_pays.py ../shared/data/flickr8k_64 --seed 0
+
+`--measure` belongs on an idle machine: it says how many steps each mask ratio gets in the same time, so that the
+runs themselves can share the machine with other work.
+"""
+import inspect
+import json
+import platform
+import statistics
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from fastcore.script import call_parse
+from flip_nb.data import to_float
+from flip_nb.loss import info_nce
+from flip_nb.masking import encoder_flops, num_kept
+from flip_nb.model import FLIP, preset_config
+from flip_nb.text import CaptionTokenizer
+from flip_nb.train import default_preset, endless, make_accelerator, make_loader, open_data, parameter_groups, train, write_json
+
+RATIOS = (0., .5, .75)
+RESULTS = Path(__file__).parent.parent/'results'
+
+def machine():
+    "What the numbers were measured on."
+    cpu = torch.cpu.get_capabilities().get('cpu_name', platform.processor()) if hasattr(torch.cpu, 'get_capabilities') else platform.processor()
+    return dict(cpu=cpu, python=platform.python_version(), **{p: version(p) for p in ('torch', 'accelerate', 'tokenizers')})
+
+def step_flops(config, mask_ratio, text_length):
+    "Forward FLOPs of both towers for one pair; backward is twice that for every ratio."
+    n = (config.image_size//config.patch_size)**2
+    k = num_kept(n, mask_ratio)
+    embed = 2*k*3*config.patch_size**2*config.image_width
+    return embed + encoder_flops(k + 1, config.image_width, config.image_depth)['total'] + encoder_flops(text_length, config.text_width, config.text_depth)['total']
+
+def measure_speed(options, rounds=15):
+    "Seconds of a training step, reading included, at each mask ratio, taking turns."
+    accelerator = make_accelerator('auto', options.threads)
+    config = preset_config(options.preset)
+    pairs,captions,_ = open_data(options, config.image_size)
+    tokenizer = CaptionTokenizer.train(captions, options.vocab_size)
+    model = FLIP.from_preset(options.preset, vocab_size=tokenizer.vocab_size)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-4, fused=True)
+    batches = endless(make_loader(accelerator, pairs, tokenizer, options, trim=True), {})
+    model,lengths = accelerator.prepare(model),[]
+    def step(ratio):
+        start = time.perf_counter()
+        batch = next(batches)
+        accelerator.backward(info_nce(*model(to_float(batch['images']), batch['ids'], ratio)))
+        optimizer.step(); optimizer.zero_grad()
+        lengths.append(batch['ids'].shape[1])
+        return time.perf_counter() - start
+    for ratio in RATIOS: step(ratio)
+    seconds = {r: [] for r in RATIOS}
+    for k in range(rounds):
+        for ratio in RATIOS[k % 3:] + RATIOS[:k % 3]: seconds[ratio].append(step(ratio))
+    length = round(statistics.mean(lengths))
+    rows = [dict(mask_ratio=r, seconds=statistics.median(s), quartiles=statistics.quantiles(s, n=4)[::2],
+                 pairs_per_second=options.batch_size/statistics.median(s), flops=step_flops(config, r, length)) for r,s in seconds.items()]
+    return dict(data=Path(options.data).name, preset=options.preset, batch_size=options.batch_size, rounds=rounds, threads=options.threads,
+                text_length=length, mixed_precision=accelerator.mixed_precision, machine=machine(), rows=rows)
+
+def equal_time_run(options, folder, seconds):
+    "Train for as many steps as fit into `seconds` at the measured speed."
+    speed = json.loads((folder/'speed.json').read_text())
+    for k in ('preset', 'batch_size', 'threads'):
+        if speed[k] != vars(options)[k]: raise SystemExit(f"{folder/'speed.json'} was measured with {k} {speed[k]}, not {vars(options)[k]}; measure again")
+    rate = {r['mask_ratio']: r['pairs_per_second'] for r in speed['rows']}
+    steps = int(.9*seconds*rate[options.mask_ratio]/options.batch_size)
+    tune_steps = int(.1*seconds*rate[0.]/options.batch_size)                # a tenth of the time, unmasked, for every ratio
+    with tempfile.TemporaryDirectory() as tmp:
+        start = time.perf_counter()
+        results = train(**vars(options), steps=steps, tune_steps=tune_steps, eval_every=steps//6, log_every=steps//100, out=f'{tmp}/run', quiet=True)
+        log = [json.loads(line) for line in open(f'{tmp}/run/metrics.jsonl')]
+        config = json.loads(Path(f'{tmp}/run/train_config.json').read_text()) | dict(out=None, data=Path(options.data).name)
+    for line in log:                                                        # seconds at the measured speed
+        tuning = line['stage'] == 'tuning'
+        line['seconds'] = .9*seconds*tuning + line['step']*options.batch_size/rate[0. if tuning else options.mask_ratio]
+    return dict(mask_ratio=options.mask_ratio, seed=options.seed, seconds=seconds, config=config, machine=machine(),
+                wall_seconds=time.perf_counter() - start, results=results, log=log)
+
+@call_parse
+def main(
+    data:str, # 'scenes', or a folder of pairs
+    measure:bool=False, # Measure the speed and stop
+    seed:int=0, # Seed of the run
+    mask_ratio:float=None, # One ratio; default: 0, 0.5 and 0.75
+    seconds:float=300., # Training time of each run at the measured speed
+    threads:int=1, # CPU threads
+    batch_size:int=128, # Pairs per step
+    lr:float=2e-3, # Peak learning rate
+    preset:str=None, # Default: that of flip_nb.train
+):
+    "Measure and store what notebook 11 shows."
+    folder = RESULTS/Path(data).name
+    folder.mkdir(parents=True, exist_ok=True)
+    given = dict(data=data, seed=seed, threads=threads, batch_size=batch_size, lr=lr, preset=preset or default_preset(data))
+    if measure:
+        defaults = {k: p.default for k,p in inspect.signature(train).parameters.items()}
+        return write_json(folder/'speed.json', measure_speed(SimpleNamespace(**(defaults | given))))
+    for ratio in RATIOS if mask_ratio is None else (mask_ratio,):
+        run = equal_time_run(SimpleNamespace(**given, mask_ratio=ratio), folder, seconds)
+        write_json(folder/f'mask{ratio*100:.0f}-seed{seed}.json', run)
