@@ -149,7 +149,7 @@ def retrieval_recall(
                  t2i=ranks(text_features, image_of_text, image_features, pictures, chunk))
     return {way: {f'R@{k}': (r < k).double().mean().item() for k in ks} for way,r in found.items()}
 
-# %% ../nbs/09_evaluate.ipynb #1fa04687
+# %% ../nbs/09_evaluate.ipynb #5f947e02
 def retrieval_chance(
     image_of_text:Tensor, # Picture that each caption describes (T,), integers in [0, I)
     num_images:int, # Pictures, `I`
@@ -157,7 +157,7 @@ def retrieval_chance(
 ) -> dict[str,dict[str,float]]: # 'i2t' and 't2i', each with 'R@1', 'R@5', ... in [0, 1]
     "What guessing would give on average."
     T = len(image_of_text)
-    captions_each = Counter(torch.bincount(image_of_text.cpu(), minlength=num_images).tolist())  # captions -> pictures with so many
+    captions_each = Counter(torch.bincount(image_of_text.cpu()).tolist())           # captions -> pictures with so many
     miss = lambda m, k: math.comb(T-m, k) / math.comb(T, k)                       # all k guesses are wrong
     i2t = {f'R@{k}': sum(n*(1 - miss(m, min(k, T))) for m,n in captions_each.items())/num_images for k in ks}
     return dict(i2t=i2t, t2i={f'R@{k}': min(1., k/num_images) for k in ks})

@@ -71,7 +71,7 @@ def shape_distance(
     if shape == 'hourglass': return torch.maximum(av - .9, .8*(au - .12 - .75*av))
     raise ValueError(f"there is no shape {shape!r}." + nearest(shape, SHAPES))
 
-# %% ../nbs/07_scenes.ipynb #29a38d61
+# %% ../nbs/07_scenes.ipynb #8f77df49
 def draw_scenes(
     seed:int, # Which stream of scenes
     index:np.ndarray, # Numbers of the scenes (B,)
@@ -89,7 +89,7 @@ def draw_scenes(
     if num_objects: s['two'][:] = num_objects == 2
     s['texture'],s['size'] = choice(len(TEXTURES), 2),choice(len(SIZES), 2)
     two = s['two'][:, None]
-    s['radius'] = (.56 + .1*s['size']) * (.92 + .16*take(2)) * torch.where(two, .62, 1.)
+    s['radius'] = (.6 + .09*s['size']) * (.92 + .16*take(2)) * torch.where(two, .62, 1.)
     s['angle'] = .4*(take(2) - .5)
     s['horizontal'],s['swap'] = take(1)[:, 0] < .5,take(1)[:, 0] < .5
     free = (2*take(2, 2) - 1) * (1 - s['radius'])[..., None]                    # (B, 2, xy): anywhere inside
@@ -101,25 +101,23 @@ def draw_scenes(
     s['paint'] = (paint*(.85 + .3*take(2, 1)) + .08*(take(2, 3) - .5)).clamp(0, 1)   # (B, 2, 3)
     s['ground'] = (.05 + .9*take(2, 1) + .5*(take(2, 3) - .5)).clamp(0, 1)      # (B, 2, 3)
     s['blend'],s['ripple'],s['phase'],s['waves'] = 6.283*take(1),3.142*take(1),6.283*take(1),3 + 12*take(1)
-    s['blob_place'],s['blob_radius'],s['blob_paint'] = 2*take(2, 2) - 1,.06 + .08*take(2),take(2, 3)
+    s['blob_place'],s['blob_radius'],s['blob_paint'] = 2*take(2) - 1,.08 + .1*take(1),take(3)
     return s
 
-# %% ../nbs/07_scenes.ipynb #92b25054
+# %% ../nbs/07_scenes.ipynb #62776b03
 def paint_background(
     s:dict[str,Tensor], # Scene parameters
     x:Tensor, # Horizontal pixel coordinates in [-1, 1] (1, H*W)
     y:Tensor, # Vertical pixel coordinates in [-1, 1] (1, H*W)
     pixel:float, # Side of a pixel in these units
 ) -> Tensor: # Colours in [0, 1] (B, 3, H*W)
-    "Two blended colours with ripples, and two small blobs."
+    "Two blended colours with ripples, and a blob."
     ramp = .5 + .5*(x*s['blend'].cos() + y*s['blend'].sin())
     waves = torch.sin(s['waves']*(x*s['ripple'].cos() + y*s['ripple'].sin()) + s['phase'])
     image = torch.lerp(s['ground'][:, 0, :, None], s['ground'][:, 1, :, None], (ramp + .35*waves).clamp(0, 1)[:, None])
-    for j in range(s['blob_radius'].shape[1]):
-        bx,by = s['blob_place'][:, j, :, None].unbind(1)                        # (B, 1)
-        distance = ((x - bx)**2 + (y - by)**2).sqrt() - s['blob_radius'][:, j, None]
-        image = torch.lerp(image, s['blob_paint'][:, j, :, None], (.5 - distance/pixel).clamp(0, 1)[:, None])
-    return image
+    bx,by = s['blob_place'][..., None].unbind(1)                                # (B, 1)
+    distance = ((x - bx)**2 + (y - by)**2).sqrt() - s['blob_radius']            # (B, H*W)
+    return torch.lerp(image, s['blob_paint'][..., None], (.5 - distance/pixel).clamp(0, 1)[:, None])
 
 # %% ../nbs/07_scenes.ipynb #8e02d230
 def texture_shade(

@@ -247,7 +247,7 @@ def make_loader(
     return accelerator.prepare(DataLoader(train, options.batch_size//world, shuffle=True, drop_last=True, num_workers=options.workers,
                                           collate_fn=Collate(tokenizer, trim), persistent_workers=options.workers > 0))
 
-# %% ../nbs/10_train.ipynb #73bfd80e
+# %% ../nbs/10_train.ipynb #c36589da
 def fill_in_steps(
     options:SimpleNamespace, # Options of `train`; what was left open is filled in
     rows:int, # Training pairs
@@ -255,7 +255,7 @@ def fill_in_steps(
     "Turn epochs into steps, and defaults into numbers."
     o = options
     if o.steps is not None and o.epochs is not None: raise ValueError(f"give either steps or epochs, not both (got {o.steps} and {o.epochs})")
-    if o.epochs is None and o.steps is None: o.steps,o.epochs = (3400, None) if o.data == 'scenes' else (None, 60)
+    if o.epochs is None and o.steps is None: o.steps,o.epochs = (3000, None) if o.data == 'scenes' else (None, 60)
     if o.steps is None: o.steps = max(1, round(o.epochs*rows/o.batch_size))
     if o.tune_steps is None: o.tune_steps = o.steps//20
     if o.tune_lr is None: o.tune_lr = o.lr/10
@@ -323,14 +323,14 @@ def finish_run(
     print(f"{out['pairs_per_second']:,.0f} pairs/s, {out['wall_seconds']:.0f} seconds in all; everything is in {folder}")
     return out
 
-# %% ../nbs/10_train.ipynb #3b5851e9
+# %% ../nbs/10_train.ipynb #2ad62e4a
 def train(
     data:str='scenes', # 'scenes' (made on the fly), a folder or glob of parquet, WebDataset shards or pictures, or a hub name
     preset:str=None, # tiny, mini, small, b16, l16, l14 or h14; default: tiny for scenes, mini for other data
     mask_ratio:float=0.5, # Fraction of image patches to drop while training, in [0, 1)
     text_mask_ratio:float=0., # Fraction of text tokens to drop while training, in [0, 1)
     text_mask_order:str='random', # Which text tokens go first: random or padding_first
-    steps:int=None, # Steps of masked training; default: 3400 for scenes, else by --epochs
+    steps:int=None, # Steps of masked training; default: 3000 for scenes, else by --epochs
     epochs:float=None, # Passes over the data, instead of --steps; default for other data: 60
     batch_size:int=128, # Pairs per step over all processes
     lr:float=2e-3, # Peak learning rate
