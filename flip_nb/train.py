@@ -156,7 +156,7 @@ def run_stage(
     batches, # Endless iterator of batches
     stage:Stage, # What to do
     options:SimpleNamespace, # Options of `train`
-    note, # Function (stage, step, losses, seconds, schedule) that logs, checks and saves
+    note, # Function (stage, step, losses, seconds, lr) that logs, checks and saves
 ) -> float: # Seconds of training alone
     "Train for one stage."
     adamw = torch.optim.AdamW(parameter_groups(accelerator.unwrap_model(model), options.weight_decay), lr=stage.lr, betas=(.9, .95), fused=True)

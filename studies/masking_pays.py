@@ -1,4 +1,4 @@
-"""Does masking pay? The measurements that notebook 11 shows.
+"""Does masking pay? Speed, and accuracy at equal training time, for 0, 50 and 75%.
 
     python studies/masking_pays.py scenes --measure                          # results/scenes/speed.json
     python studies/masking_pays.py scenes --seed 0                           # results/scenes/mask0-seed0.json, ... at equal time
@@ -99,7 +99,7 @@ def main(
     lr:float=2e-3, # Peak learning rate
     preset:str=None, # Default: that of flip_nb.train
 ):
-    "Measure and store what notebook 11 shows."
+    "Measure speed, or train at equal time, and store the result."
     folder = RESULTS/Path(data).name
     folder.mkdir(parents=True, exist_ok=True)
     given = dict(data=data, seed=seed, threads=threads, batch_size=batch_size, lr=lr, preset=preset or default_preset(data))
