@@ -6,12 +6,13 @@
 __all__ = ['PAD_ID', 'SPECIAL_TOKENS', 'caption_normalizer', 'caption_list', 'CaptionTokenizer', 'valid_tokens', 'mean_valid',
            'mask_text', 'TextEncoder']
 
-# %% ../nbs/04_text.ipynb #8ad07da0
+# %% ../nbs/04_text.ipynb #00c8f1cf
 import os
 from collections.abc import Iterable
 import torch
 from torch import nn, Tensor
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from .core import find_file
 from .masking import random_mask
 from .transformer import Transformer
 
@@ -36,7 +37,7 @@ def caption_list(
         if not isinstance(c, str): raise ValueError(f"caption {i} is not text but {type(c).__name__}: {c!r:.80}")
     return captions
 
-# %% ../nbs/04_text.ipynb #52dedc87
+# %% ../nbs/04_text.ipynb #58d2d46d
 class CaptionTokenizer:
     "WordPiece on folded text that cuts or pads every caption to one length."
     def __init__(self,
@@ -85,11 +86,10 @@ class CaptionTokenizer:
 
     @classmethod
     def from_file(cls,
-        path:str|os.PathLike, # `tokenizer.json`, or the folder that holds it
+        path:str|os.PathLike, # `tokenizer.json`, the folder that holds it, or a repository on the Hugging Face hub
     ) -> 'CaptionTokenizer': # The tokenizer that was saved
         "Load a saved tokenizer."
-        if os.path.isdir(path): path = os.path.join(path, 'tokenizer.json')
-        if not os.path.isfile(path): raise ValueError(f"there is no tokenizer at {str(path)!r}; a run folder holds one as tokenizer.json")
+        if not os.path.isfile(path): path = find_file(path, 'tokenizer.json')
         self = cls.__new__(cls)
         try: self.tok = Tokenizer.from_file(str(path))
         except Exception as e: raise ValueError(f"{str(path)!r} is not a saved tokenizer: {e}") from e

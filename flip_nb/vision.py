@@ -35,7 +35,7 @@ def check_images(
     if len(got) != 4 or got[1] != 3 or (image_size and got[2:] != tuple(image_size)):
         raise ValueError(f"images must have shape (B, 3, {H}, {W}), got {got}")
 
-# %% ../nbs/03_vision.ipynb #b2634b21
+# %% ../nbs/03_vision.ipynb #bc5cf8d7
 class ImageEncoder(nn.Module):
     "Vision Transformer that encodes only the patches it keeps."
     def __init__(self,
@@ -68,7 +68,7 @@ class ImageEncoder(nn.Module):
     ) -> Tensor: # Class token and kept patches, embedded and placed (B, 1+K, D)
         "Cut, mask, and only then embed: dropped patches cost nothing."
         check_images(images, (self.image_size, self.image_size))
-        x,pos = patchify(images, self.patch_size),self.pos_embed       # (B, N, 3*P*P), (1, N, D)
+        x,pos = patchify(images, self.patch_size).to(self.patch_embed.weight.dtype),self.pos_embed  # (B, N, 3*P*P), (1, N, D)
         if mask_ratio or noise is not None:
             x,ids_keep = random_mask(x, mask_ratio, noise)             # (B, K, 3*P*P)
             pos = self.pos_embed[0][ids_keep]                          # (B, K, D)
