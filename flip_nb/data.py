@@ -31,7 +31,7 @@ def wide_to_grey(
     grey = (values*(255/top)).round().clip(0, 255)
     return Image.fromarray(np.where(values == image.info.get('transparency', np.nan), 255, grey).astype(np.uint8))
 
-# %% ../nbs/08_data.ipynb #48574884
+# %% ../nbs/08_data.ipynb #f7d60500
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
@@ -53,7 +53,10 @@ def to_rgb(
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     if image.mode != 'RGB': image = image.convert('RGB')
-    return image if turn is None else image.transpose(turn)
+    if turn is None: return image
+    image = image.transpose(turn)
+    image.info = {}                                                             # the note is done with: a second call must not turn again
+    return image
 
 # %% ../nbs/08_data.ipynb #9f2ba2f1
 def decode_image(

@@ -92,7 +92,7 @@ def load_weights(
         raise ValueError(f"{file} does not fit the config: the model has no place for {extra[0]!r}")
     model.load_state_dict(weights)
 
-# %% ../nbs/06_model.ipynb #c97f292c
+# %% ../nbs/06_model.ipynb #f236a4f2
 CARD = """# FLIP model
 
 A [FLIP](https://arxiv.org/abs/2212.00794) model: CLIP, trained on pictures of which random patches were dropped. Use it with `flip_nb`:
@@ -118,6 +118,7 @@ logits = model.logits(images, model.tokenizer(['a photo of a dog', 'a photo of a
 {fields}
 """
 
+# %% ../nbs/06_model.ipynb #98616f73
 def model_card(
     config:FLIPConfig, # Sizes and switches of the model
     data:str|None=None, # What it was trained on

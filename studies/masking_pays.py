@@ -23,8 +23,9 @@ from flip_nb.data import to_float
 from flip_nb.loss import info_nce
 from flip_nb.masking import encoder_flops, num_kept
 from flip_nb.model import FLIP, preset_config
+from flip_nb.recipe import parameter_groups
 from flip_nb.text import CaptionTokenizer
-from flip_nb.train import default_preset, endless, make_accelerator, make_loader, open_data, parameter_groups, train, write_json
+from flip_nb.train import default_preset, endless, make_accelerator, make_loader, open_data, resolve_options, train, write_json
 
 RATIOS = (0., .5, .75)
 RESULTS = Path(__file__).parent.parent/'results'
@@ -105,7 +106,7 @@ def main(
     given = dict(data=data, seed=seed, threads=threads, batch_size=batch_size, lr=lr, preset=preset or default_preset(data))
     if measure:
         defaults = {k: p.default for k,p in inspect.signature(train).parameters.items()}
-        return write_json(folder/'speed.json', measure_speed(SimpleNamespace(**(defaults | given))))
+        return write_json(folder/'speed.json', measure_speed(resolve_options(defaults | given)))
     for ratio in RATIOS if mask_ratio is None else (mask_ratio,):
         run = equal_time_run(SimpleNamespace(**given, mask_ratio=ratio), folder, seconds)
         write_json(folder/f'mask{ratio*100:.0f}-seed{seed}.json', run)
