@@ -6,12 +6,13 @@
 __all__ = ['NAMES', 'TABLE', 'QKV', 'OFFICIAL_PRESETS', 'RELEASED', 'official_name', 'is_kernel', 'to_official', 'to_ours',
            'count_blocks', 'infer_config', 'official_shapes', 'check_shapes', 'as_float', 'from_official']
 
-# %% ../nbs/13_parity.ipynb #565b06ba
+# %% ../nbs/13_parity.ipynb #f6bfa83f
 import re
 import numpy as np
 import torch
 from torch import Tensor
 from .model import FLIP, FLIPConfig, OFFICIAL_TEXT, PRESETS, make_config
+from .transformer import sincos_2d
 
 # %% ../nbs/13_parity.ipynb #cfbcc33c
 NAMES = [('image_encoder.cls_token', 'img_encoder/cls'), ('image_encoder.patch_embed.', 'img_encoder/embedding/'),
@@ -79,7 +80,7 @@ def count_blocks(
     "Depth of a tower."
     return len({m[1] for k in shapes if (m := re.match(rf'{tower}_encoder/Transformer/encoderblock_(\d+)/', k))})
 
-# %% ../nbs/13_parity.ipynb #d9ac32ac
+# %% ../nbs/13_parity.ipynb #db39eecf
 def infer_config(
     shapes:dict[str,tuple], # Shapes by official names
     **changes, # Fields of `FLIPConfig` that the shapes cannot tell, or that shall differ, such as `image_heads`
@@ -90,16 +91,18 @@ def infer_config(
         if len(shapes[name]) != ndim: raise ValueError(f"the array {name!r} has shape {tuple(shapes[name])}, but should have {ndim} axes")
         return shapes[name]
     P,_,_,image_width = shape('img_encoder/embedding/kernel', 4)
-    _,tokens,_ = shape(TABLE, 3)
+    first,tokens,table_width = shape(TABLE, 3)
+    grid = round(max(tokens - 1, 0)**.5)
+    if (first, tokens, table_width) != (1, 1 + grid**2, image_width): raise ValueError(f"the position table {TABLE!r} has shape {tuple(shapes[TABLE])}, which is none of a square grid with width {image_width}")
     (V,text_width),(_,L,_) = shape('txt_encoder/token_embedding/embedding', 2),shape('txt_encoder/posembed_encoder/pos_embedding', 3)
     hidden = shape('img_encoder/Transformer/encoderblock_00/MlpBlock_0/Dense_0/kernel', 2)[1]
-    found = dict(image_size=round((tokens - 1)**.5)*P, patch_size=P, image_width=image_width, image_depth=count_blocks(shapes, 'img'), vocab_size=V,
+    found = dict(image_size=grid*P, patch_size=P, image_width=image_width, image_depth=count_blocks(shapes, 'img'), vocab_size=V,
                  context_length=L, text_width=text_width, text_depth=count_blocks(shapes, 'txt'), mlp_ratio=hidden/image_width, embed_dim=shape('img_mlp1/kernel', 2)[1])
     sizes = 'image_width', 'image_depth', 'text_width', 'text_depth'
     heads = next(({k: p[k] for k in ('image_heads', 'text_heads')} for p in map(PRESETS.get, OFFICIAL_PRESETS) if all(p[k] == found[k] for k in sizes)), {})
     values = OFFICIAL_TEXT | found | heads | changes
     if not {'image_heads', 'text_heads'} <= values.keys():
-        raise ValueError("the number of attention heads cannot be read from the arrays, and " + ', '.join(f'{k} {found[k]}' for k in sizes) + " is none of the released sizes: give image_heads and text_heads")
+        raise ValueError("the number of attention heads cannot be read from the arrays, and " + ', '.join(f'{k} {found[k]}' for k in sizes) + " is none of the official sizes: give image_heads and text_heads")
     return make_config(values)
 
 # %% ../nbs/13_parity.ipynb #147c5067
@@ -122,15 +125,15 @@ def check_shapes(
         if tuple(shapes[name]) != s and name != TABLE: raise ValueError(f"the official array {name!r} has shape {tuple(shapes[name])}, but the model asks for {s}")
     if extra := sorted(shapes.keys() - wanted.keys()): raise ValueError(f"there is no place for the official array {extra[0]!r}; is this another kind of model?")
 
-# %% ../nbs/13_parity.ipynb #4ba46039
+# %% ../nbs/13_parity.ipynb #05a4b3e8
 def as_float(
     name:str, # Official name, for the error
     array, # NumPy, JAX or PyTorch array
 ) -> Tensor: # Tensor in float32
     "Floating-point numbers of any width."
     a = array.detach().cpu() if isinstance(array, Tensor) else np.asarray(array)
-    if str(a.dtype).removeprefix('torch.') not in ('float16', 'bfloat16', 'float32', 'float64'): raise ValueError(f"the official array {name!r} holds {a.dtype}, not floating-point numbers")
-    return a.float() if isinstance(a, Tensor) else torch.from_numpy(a.astype(np.float32))
+    if getattr(a.dtype, 'name', str(a.dtype)).removeprefix('torch.') not in ('float16', 'bfloat16', 'float32', 'float64'): raise ValueError(f"the official array {name!r} holds {a.dtype}, not floating-point numbers")
+    return a.float() if isinstance(a, Tensor) else torch.from_numpy(a.astype(np.float32, copy=not a.flags.writeable))
 
 def from_official(
     params:dict, # Official arrays by their names, such as 'img_encoder/cls'
@@ -142,8 +145,10 @@ def from_official(
     cfg = infer_config(shapes, **config)
     check_shapes(shapes, cfg)
     model = FLIP(cfg)
-    table,ours = arrays[TABLE][0, 1:],model.image_encoder.pos_embed[0]
-    if table.shape == ours.shape and not torch.allclose(table, ours, atol=.01): raise ValueError(f"{TABLE!r} is not the fixed sin-cos table, and flip_nb can use no other")
+    table = arrays[TABLE][0, 1:]
+    grid = round(len(table)**.5)
+    if not torch.allclose(table, sincos_2d((grid, grid), cfg.image_width), atol=.01):                     # bfloat16 keeps two digits
+        raise ValueError(f"{TABLE!r} is not the fixed sin-cos table, and flip_nb can use no other")
     model.load_state_dict(to_ours(arrays, list(model.state_dict())))
     return model.eval()
 
