@@ -77,13 +77,15 @@ def preset_config(
     if name not in PRESETS: raise ValueError(f"there is no preset {name!r}." + nearest(name, list(PRESETS)))
     return make_config(PRESETS[name] | changes)
 
-# %% ../nbs/06_model.ipynb #f95129b8
+# %% ../nbs/06_model.ipynb #5348f8f6
 def load_weights(
     model:nn.Module, # Receives the weights
     path:str|os.PathLike, # Safetensors file
 ):
     "Load all weights, or name the first tensor that does not fit."
-    weights,file = load_file(path),os.path.basename(path)
+    file = os.path.basename(path)
+    try: weights = load_file(path)
+    except Exception as e: raise ValueError(f"{str(path)!r} cannot be read as safetensors, perhaps it was cut short: {e}") from e
     for name,w in model.state_dict().items():
         if name not in weights: raise ValueError(f"{file} does not fit the config: it has no tensor {name!r}")
         found,wanted = tuple(weights[name].shape),tuple(w.shape)
@@ -135,7 +137,7 @@ def model_card(
                        results='\n'.join(rows) if metrics else 'None were stored.', fields='\n'.join(f'| {k} | {v} |' for k,v in asdict(config).items()))
     return ModelCard(f'---\n{meta.to_yaml()}\n---\n\n{text}')
 
-# %% ../nbs/06_model.ipynb #4d6eb0a2
+# %% ../nbs/06_model.ipynb #2f0d5719
 class FLIP(nn.Module, ModelHubMixin):
     "Image tower and text tower with one shared, unit-length embedding space."
     def __init__(self,
@@ -222,7 +224,11 @@ class FLIP(nn.Module, ModelHubMixin):
         "Load weights, config and tokenizer."
         if name_or_folder in PRESETS and not os.path.isdir(name_or_folder):
             raise ValueError(f"there is no folder {name_or_folder!r}; a fresh model comes from FLIP.from_preset({name_or_folder!r})")
-        with open(find_file(name_or_folder, 'config.json', revision)) as f: config = make_config(json.load(f))
+        path = find_file(name_or_folder, 'config.json', revision)
+        try:
+            with open(path) as f: values = json.load(f)
+        except ValueError as e: raise ValueError(f"{str(path)!r} is not JSON: {e}") from e
+        config = make_config(values)
         if config.timm_args: config.timm_args = config.timm_args | dict(pretrained=False)  # the weights are in the folder
         model = cls(config)
         load_weights(model, find_file(name_or_folder, 'model.safetensors', revision))
