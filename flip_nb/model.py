@@ -137,7 +137,7 @@ def model_card(
                        results='\n'.join(rows) if metrics else 'None were stored.', fields='\n'.join(f'| {k} | {v} |' for k,v in asdict(config).items()))
     return ModelCard(f'---\n{meta.to_yaml()}\n---\n\n{text}')
 
-# %% ../nbs/06_model.ipynb #2f0d5719
+# %% ../nbs/06_model.ipynb #1ac102d2
 class FLIP(nn.Module, ModelHubMixin):
     "Image tower and text tower with one shared, unit-length embedding space."
     def __init__(self,
@@ -232,6 +232,7 @@ class FLIP(nn.Module, ModelHubMixin):
         if config.timm_args: config.timm_args = config.timm_args | dict(pretrained=False)  # the weights are in the folder
         model = cls(config)
         load_weights(model, find_file(name_or_folder, 'model.safetensors', revision))
-        try: model.tokenizer = CaptionTokenizer.from_file(find_file(name_or_folder, 'tokenizer.json', revision))
-        except ValueError: pass                                                            # a model alone
+        try: path = find_file(name_or_folder, 'tokenizer.json', revision)
+        except ValueError: return model.eval()                                             # a model alone
+        model.tokenizer = CaptionTokenizer.from_file(path)
         return model.eval()

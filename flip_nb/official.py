@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'LICENSE', 'BERT', 'find_checkpoint', 'inline_array', 'flatten', 'read_index', 'read_meta', 'zarr_place',
-           'read_array', 'need_readers', 'read_official', 'load_official', 'card_facts', 'save_moments', 'new_folder',
-           'fit_tokenizer', 'convert', 'flip_convert']
+           'read_array', 'need_readers', 'read_official', 'index_config', 'load_official', 'card_facts', 'save_moments',
+           'new_folder', 'fit_tokenizer', 'convert', 'flip_convert']
 
 # %% ../nbs/15_official.ipynb #b6ed6e37
 import hashlib
@@ -151,15 +151,24 @@ def read_official(
     try: return {k: v if not isinstance(v, dict) else read_array(root, place, folder, v['metadata']['shape']) for k,(folder,v) in bar}
     finally: place[0].close()
 
-# %% ../nbs/15_official.ipynb #60256dbf
+# %% ../nbs/15_official.ipynb #1a110c55
+def index_config(
+    root, # Checkpoint, from `find_checkpoint`
+    **config, # Fields of `FLIPConfig` that the shapes cannot tell
+) -> FLIPConfig: # Config of the model that it holds
+    "Read the sizes of a model off the index alone, and check every name and shape."
+    shapes = {k: tuple(v['metadata']['shape'] if isinstance(v, dict) else np.shape(v)) for k,v in read_index(root)['target'].items()}
+    cfg = infer_config(shapes, **config)
+    check_shapes(shapes, cfg)
+    return cfg
+
 def load_official(
     path:str|Path, # A `checkpoint_<step>` folder, a folder that holds one, or a zip of either
     **config, # Fields of `FLIPConfig` that the shapes cannot tell (`image_heads` and `text_heads` of a size that was not released)
 ) -> FLIP: # Model in evaluation mode, without a tokenizer
     "Load an official checkpoint, without JAX."
     need_readers()
-    shapes = {k: tuple(v['metadata']['shape'] if isinstance(v, dict) else np.shape(v)) for k,v in read_index(find_checkpoint(path))['target'].items()}
-    check_shapes(shapes, infer_config(shapes, **config))
+    index_config(find_checkpoint(path), **config)
     return from_official(read_official(path), **config)
 
 # %% ../nbs/15_official.ipynb #19dabdee
@@ -216,7 +225,7 @@ def fit_tokenizer(
                          + (", BERT's uncased one of 30,522 pieces" if config.vocab_size == 30523 else "") + ", or 'none'")
     return CaptionTokenizer(pieces, config.context_length)
 
-# %% ../nbs/15_official.ipynb #44587ee9
+# %% ../nbs/15_official.ipynb #d7b50605
 def convert(
     source:str|Path, # Official checkpoint: a `checkpoint_<step>` folder, a folder that holds one, or a zip of either
     out:str|Path, # Run folder to write; must be new or empty
@@ -227,14 +236,15 @@ def convert(
     "Turn an official checkpoint into a run folder."
     need_readers()
     root = find_checkpoint(source)
-    shapes = {k: tuple(v['metadata']['shape'] if isinstance(v, dict) else np.shape(v)) for k,v in read_index(root)['target'].items()}
-    tokenizer = None if vocab == 'none' else fit_tokenizer(vocab, infer_config(shapes, **config))
+    cfg = index_config(root, **config)
+    tokenizer = None if vocab == 'none' else fit_tokenizer(vocab, cfg)
     out,arrays = new_folder(out),read_official(source, optimizer)
-    lost = [k for kind in ('mu', 'nu') for k in shapes if f'{kind}/{k}' not in arrays]
+    params = {k: a for k,a in arrays.items() if k != 'step' and not k.startswith(('mu/', 'nu/'))}
+    lost = [k for kind in ('mu', 'nu') for k in params if f'{kind}/{k}' not in arrays]
     if optimizer and lost: raise ValueError(f"{str(source)!r} holds no complete state of the optimiser: {lost[0]} has none; leave --optimizer away")
-    model = from_official({k: arrays[k] for k in shapes}, **config)
+    model = from_official(params, **config)
     model.tokenizer = tokenizer
-    model.save_pretrained(out, model_card_kwargs=card_facts(source, (root/'checkpoint').read_bytes(), model.config))
+    model.save_pretrained(out, model_card_kwargs=card_facts(source, (root/'checkpoint').read_bytes(), cfg))
     if optimizer: save_moments(arrays, model, out/'optimizer.safetensors')
     return model
 
