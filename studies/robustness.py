@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from fastcore.script import call_parse
 from masking_pays import RATIOS, RESULTS, machine
-from flip_nb.evaluate import SCENE_NAMES, SCENE_TEMPLATES, zero_shot_classifier
+from flip_nb.metrics import SCENE_NAMES, SCENE_TEMPLATES, zero_shot_classifier
 from flip_nb.model import FLIP
 from flip_nb.robustness import masked_view_curve, robustness_curve
 from flip_nb.scenes import Scenes
