@@ -11,7 +11,7 @@ __all__ = ['VIEWS', 'SCENE_SETS', 'TASKS', 'QUICK', 'Score', 'mean_score', 'redr
            'Report', 'slug', 'output_folder', 'as_list', 'check_options', 'with_columns', 'start_report', 'run_task',
            'evaluate', 'main']
 
-# %% ../nbs/21_evaluate.ipynb #fc172ffe
+# %% ../nbs/21_evaluate.ipynb #9221d67c
 import inspect, json, re, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .core import find_file, nearest
 from .data import Pairs, eval_transform
 from .look import confident_mistakes, confusion_matrix, retrieval_gallery
-from .loss import clamped_exp
+from .loss import clamped_exp, normalize
 from .masking import num_kept
 from .metrics import (SCENE_NAMES, SCENE_TEMPLATES, average_prompts, check_finite_rows, encode_captions, encode_pictures, evaluate_pairs, evaluate_scenes, evaluating,
                              gather_objects, processes, ranks, retrieval_chance, retrieval_ranks, retrieval_recall, similarity, top_k_accuracy, zero_shot_classifier)
@@ -98,7 +98,7 @@ def compare(
     low,high = redraw(d, draws).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     return dict(difference=mean_score(d), low=low, high=high)
 
-# %% ../nbs/21_evaluate.ipynb #ccef609c
+# %% ../nbs/21_evaluate.ipynb #cdb4a3d0
 @dataclass
 class Job:
     "One model on one data set."
@@ -131,15 +131,18 @@ def job_features(
     projected:bool=True, # The embedding, or the tower's feature before the projection
 ) -> Extracted: # Features, rows and skipped rows
     "Features of a split."
-    o,pairs = job.options,job.data.splits[split]
+    o,pairs,flip = job.options,job.data.splits[split],job.flip
     def extract():
         silent = [i for i,value in enumerate(answers(pairs)) if not pairs.texts(i, value)]    # rows that will be skipped
-        prints = fingerprints(job.flip, open_pictures(pairs, job.flip.config.image_size), silent=silent, mask_ratio=o.mask_ratio, projected=projected, seed=o.seed)
+        prints = fingerprints(flip, open_pictures(pairs, flip.config.image_size), silent=silent, mask_ratio=o.mask_ratio, seed=o.seed)
         path = Path(o.features)/f'{digest(*prints.values())}.npy' if o.features else None
-        z = extract_features(job.flip, pairs, path, o.batch_size, o.mask_ratio, projected, o.workers, o.seed, o.quiet)
+        z = extract_features(flip, pairs, path, o.batch_size, o.mask_ratio, workers=o.workers, seed=o.seed, quiet=o.quiet)
         check_finite_rows(**{f'{split} pictures': z.features})
         return z
-    return remember(job, (split, projected), extract)
+    def project():                                                                # the embedding is one product away
+        z,device = job_features(job, split, projected=False),next(flip.parameters()).device
+        with evaluating(flip): return z._replace(features=torch.cat([normalize(flip.image_proj(x.to(device))).cpu() for x in z.features.split(4096)]))
+    return remember(job, (split, projected), project if projected else extract)
 
 def job_labels(
     job:Job, # A job on data with labels
