@@ -11,7 +11,7 @@ __all__ = ['VIEWS', 'SCENE_SETS', 'TASKS', 'QUICK', 'Score', 'mean_score', 'redr
            'Report', 'slug', 'output_folder', 'as_list', 'check_options', 'with_columns', 'start_report', 'run_task',
            'evaluate', 'main']
 
-# %% ../nbs/21_evaluate.ipynb #9221d67c
+# %% ../nbs/21_evaluate.ipynb #41717b4d
 import inspect, json, re, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 from .core import find_file, nearest
 from .data import Pairs, eval_transform
-from .look import confident_mistakes, confusion_matrix, retrieval_gallery
+from .look import confident_mistakes, confusion_matrix, new_figure, retrieval_gallery
 from .loss import clamped_exp, normalize
 from .masking import num_kept
 from .metrics import (SCENE_NAMES, SCENE_TEMPLATES, average_prompts, check_finite_rows, encode_captions, encode_pictures, evaluate_pairs, evaluate_scenes, evaluating,
@@ -98,7 +98,7 @@ def compare(
     low,high = redraw(d, draws).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     return dict(difference=mean_score(d), low=low, high=high)
 
-# %% ../nbs/21_evaluate.ipynb #cdb4a3d0
+# %% ../nbs/21_evaluate.ipynb #311aaf38
 @dataclass
 class Job:
     "One model on one data set."
@@ -137,12 +137,14 @@ def job_features(
         prints = fingerprints(flip, open_pictures(pairs, flip.config.image_size), silent=silent, mask_ratio=o.mask_ratio, seed=o.seed)
         path = Path(o.features)/f'{digest(*prints.values())}.npy' if o.features else None
         z = extract_features(flip, pairs, path, o.batch_size, o.mask_ratio, workers=o.workers, seed=o.seed, quiet=o.quiet)
-        check_finite_rows(**{f'{split} pictures': z.features})
         return z
     def project():                                                                # the embedding is one product away
         z,device = job_features(job, split, projected=False),next(flip.parameters()).device
-        with evaluating(flip): return z._replace(features=torch.cat([normalize(flip.image_proj(x.to(device))).cpu() for x in z.features.split(4096)]))
-    return remember(job, (split, projected), project if projected else extract)
+        with evaluating(flip): parts = [normalize(flip.image_proj(x.to(device))).cpu() for x in z.features.split(4096)]
+        return z._replace(features=torch.cat(parts))
+    found = remember(job, (split, projected), project if projected else extract)
+    check_finite_rows(**{f'{split} pictures': found.features})
+    return found
 
 def job_labels(
     job:Job, # A job on data with labels
@@ -374,7 +376,7 @@ def open_model(
     if flip.tokenizer.vocab_size > flip.config.vocab_size: raise ValueError(f"the tokenizer of {str(name)!r} has {flip.tokenizer.vocab_size} pieces, but the model {flip.config.vocab_size} token vectors: they are not of one run")
     return flip.to(device), flip.tokenizer
 
-# %% ../nbs/21_evaluate.ipynb #6ae48f77
+# %% ../nbs/21_evaluate.ipynb #19a6ae71
 def result_rows(
     data:TestSet, # A data set
     scores:dict[str,list[Score]], # Name of a model to its scores, the same ones in the same order
@@ -406,9 +408,8 @@ def score_figure(
     rows:list[dict], # Rows of `result_rows` of one data set
 ): # Matplotlib figure
     "Every score with its interval and its chance."
-    from matplotlib.figure import Figure                                        # not pyplot: nothing is left open
     models,measures = (list(dict.fromkeys(keys)) for keys in zip(*((r['model'], (r['task'], r['metric'])) for r in rows)))
-    fig = Figure(figsize=(6.5, .6 + .24*len(measures)*max(1, len(models)**.5)), layout='constrained')
+    fig = new_figure(6.5, .6 + .24*len(measures)*max(1, len(models)**.5))
     ax = fig.subplots()
     for r in rows:
         i,j = models.index(r['model']),measures.index((r['task'], r['metric']))
