@@ -9,7 +9,7 @@ __all__ = ['DEFAULTS', 'LEAST', 'default_preset', 'check_options', 'resolve_opti
            'open_run', 'fill_in_steps', 'start_run', 'plot_run', 'card_metrics', 'finish_run', 'describe_run', 'run',
            'train', 'main']
 
-# %% ../nbs/11_train.ipynb #c0b1b9ef
+# %% ../nbs/11_train.ipynb #4e8dd4e2
 import argparse
 import inspect
 import json
@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
 from fastcore.script import anno_parser
 from torch import nn
@@ -85,7 +86,7 @@ def fast_bf16() -> bool: # True where bfloat16 products run on hardware made for
     able = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
     return bool(able.get('avx512_bf16') or able.get('amx_bf16'))
 
-# %% ../nbs/11_train.ipynb #1b8250a1
+# %% ../nbs/11_train.ipynb #4f3ce760
 def settle(
     state, # `Accelerator` or accelerate's `PartialState`
     threads:int=0, # CPU threads per process; 0 shares the cores among the processes
@@ -106,6 +107,7 @@ def make_accelerator(
     if mixed_precision == 'auto':                                               # what `accelerate launch` was told goes first
         told = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
         mixed_precision = told if told != 'no' else 'bf16' if fast_bf16() else 'no'
+    if AcceleratorState._shared_state.get('_mixed_precision', mixed_precision) != mixed_precision: AcceleratorState._reset_state()    # an earlier run of this process chose another
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision)
     settle(accelerator, threads)
     return accelerator
