@@ -6,10 +6,11 @@
 __all__ = ['TURNS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'SPLITS', 'PICTURES', 'IMAGE_NAMES', 'CAPTION_NAMES', 'wide_to_grey',
            'upright_turn', 'to_rgb', 'decode_image', 'train_transform', 'centre_square', 'eval_transform', 'to_float',
            'as_captions', 'Pairs', 'AllRows', 'split_of', 'find_files', 'load_rows', 'find_column', 'pair_columns',
-           'hold_out', 'load_pairs', 'corpus', 'Collate']
+           'hold_out', 'load_pairs', 'corpus', 'Collate', 'pair_seed', 'own_luck', 'Batches']
 
-# %% ../nbs/08_data.ipynb #7cdd56ab
-import glob, os, re
+# %% ../nbs/08_data.ipynb #86e19e82
+import glob, hashlib, os, re
+from contextlib import contextmanager
 from io import BytesIO
 import numpy as np
 import torch
@@ -338,3 +339,57 @@ class Collate:
         "Make a batch."
         images,captions,broken = zip(*items)
         return dict(images=torch.stack(images), ids=self.tokenizer(list(captions), self.trim), broken=sum(broken, []))
+
+# %% ../nbs/08_data.ipynb #8e491c84
+def pair_seed(
+    *numbers, # What the seed shall follow from: numbers or text
+) -> int: # Seed in [0, 2**32)
+    "A hash of some numbers, the same on every machine."
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), 'little')
+
+@contextmanager
+def own_luck():
+    "Let PyTorch's random numbers on the CPU be as they were, afterwards."
+    state = torch.get_rng_state()
+    try: yield torch.default_generator
+    finally: torch.set_rng_state(state)
+
+# %% ../nbs/08_data.ipynb #55fb2fd2
+class Batches(Dataset):
+    "Item `i` is the batch of training step `i`."
+    def __init__(self,
+        pairs, # Training pairs: `Pairs`, `Scenes`, or any data set of (picture, caption, rows passed over)
+        collate, # `Collate`
+        batch_size:int, # Pairs per step over all processes
+        seed:int=0, # Seed of order, crops, choice of captions and noise
+        noise:dict[str,int]|None=None, # Name of a noise to numbers per pair, such as `dict(image_noise=64)`
+        rank:int=0, # Number of this process
+        world:int=1, # Number of processes
+    ):
+        if batch_size % world: raise ValueError(f"batch_size {batch_size} is not divisible by the {world} processes")
+        if batch_size > len(pairs): raise ValueError(f"batch_size {batch_size} is larger than the data, {len(pairs)} rows; choose a smaller --batch_size")
+        self.pairs,self.collate,self.batch_size,self.seed,self.noise,self.rank,self.world = pairs,collate,batch_size,seed,noise or {},rank,world
+        self.order = None, None                                                 # the last pass asked for, and its order
+
+    def rows(self,
+        step:int, # Step of the run, from 0
+    ) -> tuple[int,list[int]]: # Which pass over the data it belongs to, and the rows of this process
+        "Which pairs a step sees; what is left over at the end of a pass is not used."
+        epoch,i = divmod(step, len(self.pairs)//self.batch_size)
+        if self.order[0] != epoch: self.order = epoch, torch.randperm(len(self.pairs), generator=torch.Generator().manual_seed(pair_seed(self.seed, epoch)))
+        share = self.batch_size//self.world
+        first = i*self.batch_size + self.rank*share
+        return epoch, self.order[1][first:first+share].tolist()
+
+    def __getitem__(self,
+        step:int, # Step of the run, from 0
+    ) -> dict: # What `collate` makes, 'rows' (list of B), and every noise (B, numbers per pair)
+        "The batch of one step."
+        epoch,rows = self.rows(step)
+        noise,items = {name: torch.empty(len(rows), n) for name,n in self.noise.items()},[]
+        with own_luck() as luck:
+            for i,row in enumerate(rows):
+                luck.manual_seed(pair_seed(self.seed, epoch, row))
+                for x in noise.values(): torch.rand(x.shape[1], out=x[i])
+                if not hasattr(self.pairs, '__getitems__'): items.append(self.pairs[row])
+        return self.collate(items or self.pairs.__getitems__(rows)) | noise | dict(rows=rows)

@@ -137,7 +137,7 @@ def model_card(
                        results='\n'.join(rows) if metrics else 'None were stored.', fields='\n'.join(f'| {k} | {v} |' for k,v in asdict(config).items()))
     return ModelCard(f'---\n{meta.to_yaml()}\n---\n\n{text}')
 
-# %% ../nbs/06_model.ipynb #1ac102d2
+# %% ../nbs/06_model.ipynb #afebb66f
 class FLIP(nn.Module, ModelHubMixin):
     "Image tower and text tower with one shared, unit-length embedding space."
     def __init__(self,
@@ -154,6 +154,12 @@ class FLIP(nn.Module, ModelHubMixin):
         self.text_proj = nn.Linear(c.text_width, c.embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor([INIT_LOGIT_SCALE]))
         self.image_proj.apply(init_linear); self.text_proj.apply(init_linear)
+
+    @property
+    def num_patches(self) -> int: # Patches of a whole image, `N`; noise for the image tower has so many columns
+        "Tokens that masking chooses from."
+        if self.config.timm_model: return self.image_encoder.vit.patch_embed.num_patches
+        return (self.config.image_size//self.config.patch_size)**2
 
     @classmethod
     def from_preset(cls,
@@ -186,9 +192,12 @@ class FLIP(nn.Module, ModelHubMixin):
         mask_ratio:float=0., # Fraction of image patches to drop
         text_mask_ratio:float=0., # Fraction of text tokens to drop
         text_mask_order:str='random', # 'random' or 'padding_first'
+        image_noise:Tensor|None=None, # One number per patch (B, N), the smallest are kept; None draws it
+        text_noise:Tensor|None=None, # One number per token (B, L), the smallest are kept; None draws it
     ) -> tuple[Tensor,Tensor,Tensor]: # Image embeddings (B, E), text embeddings (B, E), factor on their similarities (1,)
         "All that the loss needs."
-        return (self.encode_image(images, mask_ratio), self.encode_text(ids, text_mask_ratio, text_mask_order), clamped_exp(self.logit_scale))
+        image_features = self.encode_image(images, mask_ratio, image_noise)
+        return image_features, self.encode_text(ids, text_mask_ratio, text_mask_order, text_noise), clamped_exp(self.logit_scale)
 
     def logits(self,
         images:Tensor, # Normalised images (B, 3, H, W)
