@@ -36,7 +36,8 @@ from .registry import TestSet, open_test_set, templates, text_classifier
 from .robustness import masked_view_curve, robustness_curve, severity_figure, views_figure
 from .scenes import Scenes
 from .text import CaptionTokenizer
-from .train import new_run_folder, settle, write_json
+from .checkpoint import write_json
+from .train import new_run_folder, settle
 
 # %% ../nbs/24_evaluate.ipynb #c6ccc887
 class Score(NamedTuple):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['HEADS', 'AT_LEAST', 'image_tower', 'ImageClassifier', 'zero_shot_head', 'layer_groups', 'drop_branch',
            'set_drop_path', 'classification_loss', 'check_classes', 'open_labelled', 'Labelled', 'collate_labelled',
-           'labelled_loader', 'evaluate_classifier', 'check_finetuning', 'plan_finetuning', 'make_classifier',
-           'note_finetuning', 'start_finetuning', 'finetuning_table', 'run_finetuning', 'finetune', 'main']
+           'evaluate_classifier', 'check_finetuning', 'plan_finetuning', 'make_classifier', 'note_finetuning',
+           'start_finetuning', 'finetuning_table', 'run_finetuning', 'finetune', 'main']
 
-# %% ../nbs/25_finetune.ipynb #ae5ce018
+# %% ../nbs/25_finetune.ipynb #e041a511
 import inspect, json, os, time
 from copy import copy
 from dataclasses import asdict, replace
@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from fastcore.script import anno_parser
 from safetensors.torch import save_file
 from torch import nn, Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from .core import find_file, nearest
 from .data import Pairs, to_float, train_transform
 from .loss import clamped_exp
@@ -33,7 +33,9 @@ from .model import FLIP, FLIPConfig, load_weights, make_config
 from .probe import class_numbers, extract_features, open_pictures, wilson_interval
 from .recipe import Stage, parameter_groups, scaled_lr
 from .registry import TestSet, classification_scores, need_labels, open_test_set, text_classifier
-from .train import TrainingDiverged, check_finite, endless, make_accelerator, new_run_folder, run_stage, save_good_weights, write_json
+from .checkpoint import write_json
+from .loop import Progress, TrainingDiverged, backward_through, count_bad_steps, diagnose, make_optimizer, run_stage
+from .train import SkippedRows, append_line, deliver, make_accelerator, make_loader, new_run_folder
 
 # %% ../nbs/25_finetune.ipynb #31473de3
 def image_tower(
@@ -43,7 +45,7 @@ def image_tower(
     timm_args = config.timm_args and config.timm_args | dict(pretrained=False)  # weights come from a run, or are meant to be fresh
     return FLIP(replace(config, timm_args=timm_args, vocab_size=1, text_depth=0)).image_encoder
 
-# %% ../nbs/25_finetune.ipynb #713cdb53
+# %% ../nbs/25_finetune.ipynb #02b8932e
 class ImageClassifier(nn.Module):
     "The image tower of a FLIP and a linear layer on its feature."
     def __init__(self,
@@ -69,9 +71,10 @@ class ImageClassifier(nn.Module):
     def forward(self,
         images:Tensor, # Normalised images (B, 3, H, W)
         mask_ratio:float=0., # Fraction of patches to drop, in [0, 1)
+        noise:Tensor|None=None, # One number per patch (B, N), the smallest are kept; None draws it
     ) -> Tensor: # One score per class (B, C)
         "Classify images."
-        return self.head(self.image_encoder(images, mask_ratio))
+        return self.head(self.image_encoder(images, mask_ratio, noise))
 
 # %% ../nbs/25_finetune.ipynb #f84328d0
 @patch
@@ -160,7 +163,7 @@ def set_drop_path(
         if not places: tower.drop_path_hooks += [b.register_forward_hook(partial(drop_branch, rate)) for b in (block.attn, block.mlp)]
     return rates
 
-# %% ../nbs/25_finetune.ipynb #4c86c19c
+# %% ../nbs/25_finetune.ipynb #e8c9ffac
 def classification_loss(
     model:nn.Module, # Prepared `ImageClassifier`
     batch:dict, # 'images' (B, 3, H, W) uint8 and 'labels' (B,)
@@ -168,7 +171,7 @@ def classification_loss(
     options:SimpleNamespace, # Options of `finetune`
 ) -> Tensor: # Scalar
     "Cross-entropy with label smoothing, on masked pictures if so wished."
-    scores = model(to_float(batch['images']), stage.mask_ratio)
+    scores = model(to_float(batch['images']), stage.mask_ratio, batch.get('image_noise') if stage.mask_ratio else None)
     return F.cross_entropy(scores.float(), batch['labels'], label_smoothing=options.label_smoothing)
 
 # %% ../nbs/25_finetune.ipynb #5a1239ee
@@ -222,18 +225,6 @@ def collate_labelled(
     "Make a batch."
     images,labels,broken = zip(*items)
     return dict(images=torch.stack(images), labels=torch.tensor(labels), broken=sum(broken, []))
-
-# %% ../nbs/25_finetune.ipynb #b8172aac
-def labelled_loader(
-    accelerator:Accelerator, # Where the run runs
-    pairs:Pairs, # Training rows
-    options:SimpleNamespace, # Options of `finetune`
-) -> DataLoader: # Loader whose batches add up to `batch_size` over all processes
-    "Shuffled batches, shared among the processes."
-    world = accelerator.num_processes
-    if options.batch_size % world: raise ValueError(f"batch_size {options.batch_size} is not divisible by the {world} processes")
-    return accelerator.prepare(DataLoader(Labelled(pairs), options.batch_size//world, shuffle=True, drop_last=True, num_workers=options.workers,
-                                          collate_fn=collate_labelled, persistent_workers=options.workers > 0))
 
 # %% ../nbs/25_finetune.ipynb #29bcba59
 def evaluate_classifier(
@@ -300,27 +291,30 @@ def make_classifier(
     with torch.no_grad(): model.head.weight.copy_(zero_shot_head(flip, text_classifier(flip, flip.tokenizer, data.class_names, data.templates), features))
     return model
 
-# %% ../nbs/25_finetune.ipynb #4b07c44c
+# %% ../nbs/25_finetune.ipynb #defc2909
 def note_finetuning(
     accelerator:Accelerator, # Where the run runs
     model:ImageClassifier, # The classifier, not wrapped
     folder:Path, # Run folder
     options:SimpleNamespace, # Options of `finetune`
-): # Function (stage, step, losses, seconds, lr) that returns a line for the progress bar
+): # Function (stage, progress, batch, lr, parts) that returns a line for the progress bar
     "Log, check and save."
-    def note(stage, step, losses, seconds, lr):
-        losses = accelerator.reduce(losses.to(accelerator.device), 'mean').cpu()
-        check_finite(losses, step - len(losses) + 1, stage.name, folder)
-        line = dict(stage=stage.name, step=step, seconds=seconds, loss=losses.mean().item(), lr=lr, pictures_per_second=step*options.batch_size/seconds)
-        due = options.save_every and step % options.save_every < options.log_every or step == stage.steps
-        if accelerator.is_main_process and due and not save_good_weights(model, folder):
-            raise TrainingDiverged(f"a weight is no longer finite at step {step}; the last good weights are in {folder}. Try a lower --lr or --grad_clip 1")
+    advice = f"the last good weights are in {folder}, if any were saved. Try a lower --lr or --grad_clip 1"
+    def note(stage, progress, batch, lr, parts):
+        losses,norms = accelerator.reduce(torch.stack(progress.losses), 'mean').cpu(),torch.stack(progress.norms).cpu()
+        progress.losses,progress.norms = [],[]
+        if count_bad_steps(progress, norms, limit=10): raise TrainingDiverged(f"the gradients of ten steps in a row were not finite, up to step {progress.step}; {diagnose(model, batch, parts, norms[-1])}; {advice}")
+        good,rate = losses[losses.isfinite()],progress.step*options.batch_size/progress.seconds
+        line = dict(stage=stage.name, step=progress.step, seconds=progress.seconds, loss=good.mean().item() if len(good) else None, lr=lr, pictures_per_second=rate, skipped_steps=progress.skipped)
+        due = options.save_every and progress.step % options.save_every < options.log_every or progress.step == stage.steps
+        if due and not all(p.isfinite().all() for p in model.parameters()): raise TrainingDiverged(f"a weight is no longer finite at step {progress.step}; {advice}")
         if accelerator.is_main_process:
-            with open(folder/'metrics.jsonl', 'a') as f: f.write(json.dumps(line) + '\n')
-        return f"loss {line['loss']:.3f}, {line['pictures_per_second']:,.0f} pictures/s"
+            if due: model.save_pretrained(folder)
+            append_line(folder/'metrics.jsonl', line)
+        return f"loss {line['loss'] or float('nan'):.3f}, {rate:,.0f} pictures/s"
     return note
 
-# %% ../nbs/25_finetune.ipynb #1d605354
+# %% ../nbs/25_finetune.ipynb #b52ac568
 def start_finetuning(
     accelerator:Accelerator, # Where the run runs
     options:SimpleNamespace, # Options of `finetune`; gets `out`
@@ -330,7 +324,7 @@ def start_finetuning(
     if accelerator.is_main_process:
         try:
             folder = new_run_folder(options.out, f"{Path(options.data).name.strip('*.') or 'data'}-finetuned-{'scratch' if options.scratch else Path(options.run).name}")
-            (folder/'metrics.jsonl').unlink(missing_ok=True)
+            for old in folder.glob('*.jsonl'): old.unlink()
             write_json(folder/'finetune_config.json', vars(options) | dict(out=str(folder)))
         except (ValueError, OSError) as e: folder = e
     folder = gather_objects(folder)[0]
@@ -349,7 +343,7 @@ def finetuning_table(
                      f"mean per class {r['mean_per_class']:6.1%} (chance {r['chance']['mean_per_class']:.1%}), n = {r['images']:,}")
     return '\n'.join(lines)
 
-# %% ../nbs/25_finetune.ipynb #9fb73d6b
+# %% ../nbs/25_finetune.ipynb #51552611
 def run_finetuning(
     options:SimpleNamespace, # Options of `finetune`
 ) -> dict: # What is in results.json
@@ -361,15 +355,19 @@ def run_finetuning(
     with accelerator.main_process_first():
         flip = FLIP.from_pretrained(options.run)
         pairs,data = open_labelled(options, flip.config.image_size)
-    model,stage,broken = make_classifier(options, flip.to(accelerator.device), pairs, data).to(accelerator.device),plan_finetuning(options, len(pairs)),{}
-    loader,folder = labelled_loader(accelerator, pairs, options),start_finetuning(accelerator, options)
+    model,stage,progress = make_classifier(options, flip.to(accelerator.device), pairs, data).to(accelerator.device),plan_finetuning(options, len(pairs)),Progress()
+    folder = start_finetuning(accelerator, options)
+    loader = make_loader(accelerator, Labelled(pairs), collate_labelled, options, dict(image_noise=flip.num_patches), range(stage.steps))
+    skipped = SkippedRows(folder/f'skipped-{accelerator.process_index}.jsonl', first=min(10_000, len(pairs)))
     before = evaluate_classifier(model, data.splits['test'], options.workers)
     groups = layer_groups(model, options.lr, options.weight_decay, options.layer_decay)
     prepared = accelerator.prepare(model.train())
-    set_seed(options.seed + 1 + accelerator.process_index)                      # every process draws its own masks and paths
-    seconds = run_stage(accelerator, prepared, endless(loader, broken), stage, options, note_finetuning(accelerator, model, folder, options), classification_loss, groups)
+    set_seed(options.seed + 1 + accelerator.process_index)                      # every process draws its own paths
+    run_stage(accelerator, prepared, *make_optimizer(accelerator, prepared, stage, options.weight_decay, groups), deliver(loader, accelerator.device, progress, skipped), stage, progress, options,
+              note_finetuning(accelerator, model, folder, options), partial(backward_through, classification_loss))
+    seconds = progress.seconds
     out = dict(before=before, after=evaluate_classifier(model, data.splits['test'], options.workers), metric=data.metric, classes=len(data.class_names), training_rows=len(pairs),
-               skipped_in_training=len(broken), train_seconds=seconds, pictures_per_second=stage.steps*options.batch_size/seconds, wall_seconds=time.perf_counter() - start,
+               skipped_in_training=len(skipped.keys), train_seconds=seconds, pictures_per_second=stage.steps*options.batch_size/seconds, wall_seconds=time.perf_counter() - start,
                seed=options.seed, processes=accelerator.num_processes, device=accelerator.device.type, mixed_precision=accelerator.mixed_precision, torch=torch.__version__)
     if not accelerator.is_main_process: return out
     write_json(folder/'results.json', out)

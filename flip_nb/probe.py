@@ -24,7 +24,7 @@ from .data import AllRows, Pairs, eval_transform, to_float
 from .metrics import MAX_SCORES, evaluating, gather_objects, good_batch_size, processes, similarity
 from .loss import normalize
 from .model import FLIP
-from .train import write_json
+from .checkpoint import write_json
 
 # %% ../nbs/20_probe.ipynb #0b372233
 def image_features(

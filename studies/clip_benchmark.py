@@ -24,7 +24,7 @@ from PIL import Image
 from flip_nb.data import load_pairs
 from flip_nb.metrics import encode_captions, encode_pairs, retrieval_recall, similarity, top_k_accuracy, zero_shot_classifier
 from flip_nb.model import FLIP
-from flip_nb.train import write_json
+from flip_nb.checkpoint import write_json
 
 TEMPLATES = ['{}', 'a {}', 'a photo of a {}']           # as in training's own evaluation of labels
 KS,BATCH = (1, 5, 10),256

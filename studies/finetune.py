@@ -18,7 +18,8 @@ from flip_nb.model import FLIP
 from flip_nb.probe import class_numbers, extract_features, linear_probe
 from flip_nb.registry import open_test_set
 from flip_nb.scenes import COLOURS, Scenes
-from flip_nb.train import train, write_json
+from flip_nb.checkpoint import write_json
+from flip_nb.train import train
 
 TEST = 1000
 SETTINGS = dict(steps=100, batch_size=32, lr=3e-3, drop_path=.1, label_smoothing=.1, weight_decay=.05, threads=1, mixed_precision='no', quiet=True)

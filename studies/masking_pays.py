@@ -19,13 +19,14 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from fastcore.script import call_parse
-from flip_nb.data import to_float
+from flip_nb.checkpoint import write_json
+from flip_nb.data import Collate, to_float
 from flip_nb.loss import info_nce
 from flip_nb.masking import encoder_flops, num_kept
 from flip_nb.model import FLIP, preset_config
 from flip_nb.recipe import parameter_groups
 from flip_nb.text import CaptionTokenizer
-from flip_nb.train import default_preset, endless, make_accelerator, make_loader, open_data, resolve_options, train, write_json
+from flip_nb.train import default_preset, make_accelerator, make_loader, noise_sizes, open_data, resolve_options, train
 
 RATIOS = (0., .5, .75)
 RESULTS = Path(__file__).parent.parent/'results'
@@ -50,12 +51,12 @@ def measure_speed(options, rounds=15):
     tokenizer = CaptionTokenizer.train(captions, options.vocab_size)
     model = FLIP.from_preset(options.preset, vocab_size=tokenizer.vocab_size)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-4, fused=True)
-    batches = endless(make_loader(accelerator, pairs, tokenizer, options, trim=True), {})
+    batches = iter(make_loader(accelerator, pairs, Collate(tokenizer), options, noise_sizes(model, 0.), range(10**6)))
     model,lengths = accelerator.prepare(model),[]
     def step(ratio):
         start = time.perf_counter()
         batch = next(batches)
-        accelerator.backward(info_nce(*model(to_float(batch['images']), batch['ids'], ratio)))
+        accelerator.backward(info_nce(*model(to_float(batch['images']), batch['ids'], ratio, image_noise=batch['image_noise'] if ratio else None)))
         optimizer.step(); optimizer.zero_grad()
         lengths.append(batch['ids'].shape[1])
         return time.perf_counter() - start
@@ -80,7 +81,9 @@ def equal_time_run(options, folder, seconds):
     with tempfile.TemporaryDirectory() as tmp:
         start = time.perf_counter()
         results = train(**vars(options), steps=steps, tune_steps=tune_steps, eval_every=steps//6, log_every=steps//100, out=f'{tmp}/run', quiet=True)
-        log = [json.loads(line) for line in open(f'{tmp}/run/metrics.jsonl')]
+        log,evaluations = ([json.loads(line) for line in open(f'{tmp}/run/{name}.jsonl')] for name in ('metrics', 'evaluations'))
+        scores = {(e['stage'], e['step']): {k: e[k] for k in ('zero_shot', 'zero_shot_unseen', 'retrieval', 'eval_seconds')} for e in evaluations}
+        log = [line | scores.get((line['stage'], line['step']), {}) for line in log]
         config = json.loads(Path(f'{tmp}/run/train_config.json').read_text()) | dict(out=None, data=Path(options.data).name)
     for line in log:                                                        # seconds at the measured speed
         tuning = line['stage'] == 'tuning'

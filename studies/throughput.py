@@ -22,7 +22,7 @@ from flip_nb.data import decode_image, eval_transform, load_pairs, to_float
 from flip_nb.metrics import evaluating
 from flip_nb.model import FLIP
 from flip_nb.probe import extract_features
-from flip_nb.train import write_json
+from flip_nb.checkpoint import write_json
 
 def timed(func):
     "Wall and CPU seconds of this process, and what the function returned."
