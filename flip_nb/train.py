@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'LEAST', 'FREE', 'default_preset', 'check_options', 'resolve_options', 'fast_bf16', 'settle',
            'make_accelerator', 'choose_trackers', 'new_run_folder', 'open_data', 'SkippedRows', 'noise_sizes',
-           'make_loader', 'deliver', 'new_model', 'load_model', 'open_run', 'fill_in_steps', 'start_run',
-           'resume_options', 'open_checkpoint', 'plot_run', 'card_metrics', 'finish_run', 'describe_run', 'append_line',
-           'mean_score', 'mark_best', 'memory_gb', 'publish', 'prepare_towers', 'Training', 'run', 'train', 'main']
+           'make_loader', 'make_stream', 'count_rows', 'deliver', 'new_model', 'load_model', 'open_run',
+           'fill_in_steps', 'start_run', 'resume_options', 'open_checkpoint', 'plot_run', 'card_metrics', 'finish_run',
+           'describe_run', 'append_line', 'mean_score', 'mark_best', 'memory_gb', 'publish', 'prepare_towers',
+           'Training', 'run', 'train', 'main']
 
-# %% ../nbs/14_train.ipynb #9ba97b57
+# %% ../nbs/14_train.ipynb #0df2d9fa
 import argparse
 import inspect
 import json
@@ -36,8 +37,9 @@ from fastcore.script import anno_parser
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 from .core import nearest
-from .data import Batches, Collate, corpus, load_pairs
-from .metrics import evaluate_pairs, evaluate_scenes, gather_objects, results_table
+from .data import Batches, Collate, corpus, load_pairs, train_transform
+from .stream import PairStream, Source, count_pairs, open_stream, stream_corpus, stream_loader
+from .metrics import evaluate_pairs, evaluate_scenes, gather_objects, processes, results_table
 from .masking import num_kept
 from .loss import clamped_exp
 from .model import FLIP, preset_config
@@ -48,10 +50,10 @@ from .loop import Interrupted, full, Progress, Shadow, TrainingDiverged, count_b
 from .scenes import Scenes
 from .text import CaptionTokenizer
 
-# %% ../nbs/14_train.ipynb #ea562c2e
+# %% ../nbs/14_train.ipynb #cc001e42
 DEFAULTS = dict(mask_ratio=0.5, batch_size=128, lr=2e-3, weight_decay=0.2, grad_clip=0., min_area=0.5, vocab_size=4096)
 LEAST = dict(steps=1, lr=0, tune_lr=0, batch_size=2, micro_batch=0, loss_chunk=0, warmup_steps=0, tune_steps=0, weight_decay=0, grad_clip=0, vocab_size=1,
-             log_every=1, save_every=0, keep=1, eval_every=0, eval_size=1, max_bad_steps=1, max_broken=0, threads=0, workers=0, timeout=1)
+             log_every=1, save_every=0, keep=1, eval_every=0, eval_size=1, max_bad_steps=1, max_broken=0, pairs=1, buffer_size=1, threads=0, workers=0, timeout=1)
 
 def default_preset(
     data:str, # The option `data` of `train`
@@ -59,7 +61,7 @@ def default_preset(
     "The model for those who do not choose one."
     return 'tiny' if data == 'scenes' else 'mini'
 
-# %% ../nbs/14_train.ipynb #f65ebc8c
+# %% ../nbs/14_train.ipynb #abddcf2a
 def check_options(
     options:SimpleNamespace, # Options of `train`, resolved
 ):
@@ -68,6 +70,8 @@ def check_options(
     for ratio in (o['mask_ratio'], o['text_mask_ratio']): num_kept(1, ratio)
     for name,least in LEAST.items():
         if o.get(name) is not None and o[name] < least: raise ValueError(f"{name} must be at least {least}, got {o[name]}")
+    for name in ('weights', 'pairs'):
+        if o.get(name) is not None and not o.get('stream'): raise ValueError(f"--{name} {o[name]} is for data that are streamed: give --stream too")
     if o.get('on_save_error', 'go_on') not in ('go_on', 'stop'): raise ValueError(f"on_save_error must be go_on or stop, got {o['on_save_error']!r}")
     if o.get('epochs') is not None and o['epochs'] <= 0: raise ValueError(f"epochs must be above 0, got {o['epochs']}")
     if o.get('text_mask_order', 'random') not in ('random', 'padding_first'): raise ValueError(f"text_mask_order must be random or padding_first, got {o['text_mask_order']!r}")
@@ -155,12 +159,15 @@ def new_run_folder(
     except OSError as e: raise ValueError(f"the run folder {str(folder)!r} cannot be made: {e.strerror}") from e
     return folder
 
-# %% ../nbs/14_train.ipynb #74ecee69
+# %% ../nbs/14_train.ipynb #375a0814
 def open_data(
     options:SimpleNamespace, # Options of `train`
     image_size:int, # Side of the pictures in pixels
-) -> tuple[Dataset,list[str],partial]: # Training pairs, captions for the tokenizer, and a function (model, tokenizer) that evaluates
+) -> tuple[Dataset|list,list[str],partial]: # Training pairs, or the sources of a stream; captions for the tokenizer, and a function (model, tokenizer) that evaluates
     "Everything a run needs to know about its data."
+    if options.stream:
+        sources,held = open_stream(options.data, image_size, options.image_column, options.caption_column, options.weights)
+        return sources, stream_corpus(sources), partial(evaluate_pairs, pairs=held.get('test', held.get('val')), workers=options.workers)
     if options.data == 'scenes':
         train = Scenes('train', image_size, seed=options.seed)
         return train, train.batch(range(5000))[1], partial(evaluate_scenes, size=options.eval_size, seed=options.seed)
@@ -205,7 +212,7 @@ class SkippedRows:
             kinds = ', '.join(f'{n} x {kind}' for kind,n in self.kinds.most_common())
             raise ValueError(f"{len(self.keys)} of the first {self.seen} rows cannot be used, more than {self.most:.0%}: {kinds}; {self.path} says which. Mend the data, or allow more with --max_broken")
 
-# %% ../nbs/14_train.ipynb #e13782d2
+# %% ../nbs/14_train.ipynb #86f9fc92
 def noise_sizes(
     flip:FLIP, # The model
     text_mask_ratio:float, # Fraction of text tokens to drop
@@ -225,6 +232,31 @@ def make_loader(
     batches = Batches(pairs, collate, options.batch_size, options.seed, noise, accelerator.process_index, accelerator.num_processes)
     return DataLoader(batches, batch_size=None, sampler=steps, num_workers=options.workers, pin_memory=accelerator.device.type == 'cuda', generator=torch.Generator())
 
+def make_stream(
+    accelerator:Accelerator, # Where the run runs
+    sources:list[Source], # What `open_stream` returned
+    image_size:int, # Side of the pictures in pixels
+    collate:Collate, # Makes a batch of pairs
+    options:SimpleNamespace, # Options of `train`
+    noise:dict[str,int], # What `noise_sizes` returned
+    lanes:dict[int,dict]|None=None, # Where every lane stood, to go on from
+) -> DataLoader: # Endless batches of this process
+    "The batches of this process, out of shards."
+    stream = PairStream(sources, train_transform(image_size, options.min_area, not options.no_flip), collate, options.batch_size, options.seed, noise,
+                        accelerator.process_index, accelerator.num_processes, options.buffer_size, lanes)
+    loader = stream_loader(stream, options.workers, pin_memory=accelerator.device.type == 'cuda')
+    if loader.note and accelerator.is_main_process: print(loader.note, file=sys.stderr)
+    return loader
+
+def count_rows(
+    options:SimpleNamespace, # Options of `train`
+    pairs:Dataset|list[Source], # Training pairs, or the sources of a stream
+) -> int|None: # Rows of one pass; None where nobody needs to know
+    "The length of a pass. Every process has to call it."
+    if not options.stream: return len(pairs)
+    if options.pairs or options.steps: return options.pairs
+    return gather_objects(count_pairs(pairs, options.quiet) if processes()[0] == 0 else None)[0]
+
 def deliver(
     loader:DataLoader, # Batches of this process
     device:torch.device, # Where they go
@@ -234,7 +266,7 @@ def deliver(
     "Hand out batches and keep the books."
     for batch in loader:
         skipped.add(batch.pop('broken'), len(batch['rows']))
-        if 'state' in batch: progress.lanes[batch['state']['lane']] = batch.pop('state')
+        if state := batch.pop('state', None): progress.lanes[state['lane']] = state
         yield send_to_device(batch, device, non_blocking=True)
 
 # %% ../nbs/14_train.ipynb #d654fba4
@@ -277,10 +309,10 @@ def open_run(
     flip.tokenizer = tokenizer                                                  # saved with the weights
     return flip, tokenizer, pairs, partial(evaluate, tokenizer=tokenizer)
 
-# %% ../nbs/14_train.ipynb #d5293895
+# %% ../nbs/14_train.ipynb #97e752bd
 def fill_in_steps(
     options:SimpleNamespace, # Options of `train`; what was left open is filled in
-    rows:int, # Training pairs
+    rows:int|None, # Training pairs; None only where the steps are given
 ) -> list[Stage]: # What to do
     "Turn epochs into steps, and defaults into numbers."
     o,recipe = options,get_recipe(options.recipe) if options.recipe else None
@@ -549,7 +581,7 @@ def kept(self:Training) -> str: # Part of a sentence
     path,_ = latest_checkpoint(self.folder)
     return f"the last good weights are in {path}" if path else "no weights had been saved yet"
 
-# %% ../nbs/14_train.ipynb #ac9c8b97
+# %% ../nbs/14_train.ipynb #c04cd626
 @patch
 def tell(self:Training,
     stage:Stage, # Of which the weights are
@@ -561,6 +593,7 @@ def tell(self:Training,
         line.update({k: results[k] for k in ('zero_shot', 'zero_shot_unseen', 'retrieval')}, score=mean_score(results), eval_seconds=seconds)
         before = [json.loads(text)['score'] for text in path.read_text().splitlines()] if path.exists() else []
         append_line(path, line)
+        self.accelerator.log(dict(score=line['score'], score_step=line['done']), step=self.progress.done)     # trackers want steps in order
         if line['score'] >= max(before, default=0.): mark_best(self.folder, line['done'], line['score'])
     return tell
 
@@ -648,7 +681,7 @@ def run(self:Training,
     kinds = sum((Counter(k) for k in gather_objects(dict(self.skipped.kinds))), Counter())
     return finish_run(self.accelerator, self.shadow.flip, self.options, self.stages, self.progress, dict(kinds), time.perf_counter() - self.start)
 
-# %% ../nbs/14_train.ipynb #fc9e8481
+# %% ../nbs/14_train.ipynb #ce1bd1eb
 def run(
     options:SimpleNamespace, # Options of `train`, resolved
 ) -> dict: # What is in results.json
@@ -658,20 +691,21 @@ def run(
     going_on = bool(options.resume)
     checkpoint,saved = open_checkpoint(accelerator, options.out if going_on else None, options.quiet)
     flip,tokenizer,pairs,evaluate = open_run(accelerator, options, checkpoint)
-    stages = plan_stages(*(getattr(options, k) for k in ('steps', 'tune_steps', 'mask_ratio', 'lr', 'tune_lr', 'warmup_steps'))) if going_on else fill_in_steps(options, len(pairs))
+    rows = count_rows(options, pairs)
+    stages = plan_stages(*(getattr(options, k) for k in ('steps', 'tune_steps', 'mask_ratio', 'lr', 'tune_lr', 'warmup_steps'))) if going_on else fill_in_steps(options, rows)
     if not going_on: start_run(accelerator, options, tokenizer)
     if accelerator.is_main_process and not options.quiet: print(describe_run(options, stages))
-    training = Training(accelerator, options, flip, evaluate, stages, min(10_000, len(pairs)), saved)
+    training = Training(accelerator, options, flip, evaluate, stages, min(10_000, rows or 10_000), saved)
     collate = Collate(tokenizer, flip.config.padding_mask and not options.text_mask_ratio)
-    steps = range(training.progress.done, sum(s.steps for s in stages))
-    loader = make_loader(accelerator, pairs, collate, options, noise_sizes(flip, options.text_mask_ratio), steps)
+    noise,steps = noise_sizes(flip, options.text_mask_ratio),range(training.progress.done, sum(s.steps for s in stages))
+    loader = make_stream(accelerator, pairs, flip.config.image_size, collate, options, noise, training.progress.lanes) if options.stream else make_loader(accelerator, pairs, collate, options, noise, steps)
     set_seed(options.seed + 1 + accelerator.process_index)
     try: return training.run(loader)
     except RuntimeError as e:
         if accelerator.num_processes == 1 or not re.search('gloo|NCCL|[Cc]onnection|[Tt]imed? ?out|peer', str(e)): raise
         raise ValueError(f"process {accelerator.process_index} lost another one, which ended or did not answer for {options.timeout} seconds ({str(e).splitlines()[0]:.150}); go on with --resume {options.out}") from e
 
-# %% ../nbs/14_train.ipynb #cee0dfc3
+# %% ../nbs/14_train.ipynb #c52afde0
 def train(
     data:str='scenes', # 'scenes' (made on the fly), a folder or glob of parquet, WebDataset shards or pictures, or a hub name
     recipe:str=None, # Settings of an official model, by a name of the table below; every option that you give wins over it
@@ -695,6 +729,10 @@ def train(
     tune_lr:float=None, # Peak learning rate of tuning; default: a tenth of --lr
     weight_decay:float=None, # AdamW's decay of matrices; default: 0.2
     grad_clip:float=None, # Largest gradient norm; 0, the default, does not clip
+    stream:bool=False, # Read shards (parquet, WebDataset) where they lie, for data that fit nowhere else; --data may then name several sets, with commas between them
+    weights:str=None, # With --stream: share of the pairs from each data set, such as 2,1; default: by their numbers of shards
+    pairs:int=None, # With --stream: pairs of one pass, for --epochs; default: counted
+    buffer_size:int=1000, # With --stream: records that are shuffled together, for every worker
     image_column:str=None, # Column with pictures; found by default
     caption_column:str=None, # Column with captions; found by default
     min_area:float=None, # Smallest area of a random crop (other data than scenes); default: 0.5
