@@ -8,7 +8,7 @@ __all__ = ['HEADS', 'AT_LEAST', 'image_tower', 'ImageClassifier', 'zero_shot_hea
            'evaluate_classifier', 'check_finetuning', 'plan_finetuning', 'make_classifier', 'note_finetuning',
            'start_finetuning', 'finetuning_table', 'run_finetuning', 'finetune', 'main']
 
-# %% ../nbs/26_finetune.ipynb #e041a511
+# %% ../nbs/26_finetune.ipynb #f52eab97
 import inspect, json, os, time
 from copy import copy
 from dataclasses import asdict, replace
@@ -34,7 +34,7 @@ from .probe import class_numbers, extract_features, open_pictures, wilson_interv
 from .recipe import Stage, parameter_groups, scaled_lr
 from .registry import TestSet, classification_scores, need_labels, open_test_set, text_classifier
 from .checkpoint import write_json
-from .loop import Progress, TrainingDiverged, backward_through, count_bad_steps, diagnose, make_optimizer, run_stage
+from .loop import Progress, TrainingDiverged, backward_through, count_bad_steps, diagnose, make_optimizer, prepare_model, run_stage
 from .train import SkippedRows, append_line, deliver, make_accelerator, make_loader, new_run_folder
 
 # %% ../nbs/26_finetune.ipynb #31473de3
@@ -343,7 +343,7 @@ def finetuning_table(
                      f"mean per class {r['mean_per_class']:6.1%} (chance {r['chance']['mean_per_class']:.1%}), n = {r['images']:,}")
     return '\n'.join(lines)
 
-# %% ../nbs/26_finetune.ipynb #51552611
+# %% ../nbs/26_finetune.ipynb #9e0993cd
 def run_finetuning(
     options:SimpleNamespace, # Options of `finetune`
 ) -> dict: # What is in results.json
@@ -361,7 +361,7 @@ def run_finetuning(
     skipped = SkippedRows(folder/f'skipped-{accelerator.process_index}.jsonl', first=min(10_000, len(pairs)))
     before = evaluate_classifier(model, data.splits['test'], options.workers)
     groups = layer_groups(model, options.lr, options.weight_decay, options.layer_decay)
-    prepared = accelerator.prepare(model.train())
+    prepared = prepare_model(accelerator, model.train())
     set_seed(options.seed + 1 + accelerator.process_index)                      # every process draws its own paths
     run_stage(accelerator, prepared, *make_optimizer(accelerator, prepared, stage, options.weight_decay, groups), deliver(loader, accelerator.device, progress, skipped), stage, progress, options,
               note_finetuning(accelerator, model, folder, options), partial(backward_through, classification_loss))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['contrastive_backward', 'backward_through', 'towers', 'full', 'grad_norms', 'guarded_step', 'Progress',
-           'TrainingDiverged', 'count_bad_steps', 'diagnose', 'Interrupted', 'make_optimizer', 'progress_bar',
-           'run_stage', 'Shadow']
+           'TrainingDiverged', 'count_bad_steps', 'diagnose', 'Interrupted', 'prepare_model', 'make_optimizer',
+           'progress_bar', 'run_stage', 'Shadow']
 
-# %% ../nbs/14_loop.ipynb #53e03063
+# %% ../nbs/14_loop.ipynb #874d46a6
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,9 @@ from functools import partial
 from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn, Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 from .data import to_float
 from .metrics import talk_group
@@ -156,9 +158,19 @@ def diagnose(
     names = [str(batch['rows'][i]) for i in broken.nonzero()[:most, 0].tolist()]
     return f"{text}; " + (f"pairs whose own embedding is not finite: {', '.join(names)}" + (' ...' if broken.sum() > most else '') if names else "every pair alone has a finite embedding")
 
-# %% ../nbs/14_loop.ipynb #1f00a19b
+# %% ../nbs/14_loop.ipynb #baea758f
 class Interrupted(KeyboardInterrupt):
     "Training was asked to stop, and has saved where it stands."
+
+def prepare_model(
+    accelerator:Accelerator, # Where to run
+    model:nn.Module, # On the way to its device
+) -> nn.Module: # Ready for one process, for many, or cut into pieces
+    "Let accelerate wrap a model; FSDP 2 wants to see an optimiser with it, and gets one that is never used."
+    if accelerator.distributed_type != DistributedType.FSDP: return accelerator.prepare(model)
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()                 # its own would make bf16 of noise, temperature and sums of gradients
+    if accelerator.native_amp: model.forward = accelerator.autocast()(model.forward)              # as for every other model
+    return accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.))[0]
 
 def make_optimizer(
     accelerator:Accelerator, # Where to run
@@ -169,7 +181,7 @@ def make_optimizer(
 ) -> tuple: # Prepared AdamW, and its schedule
     "AdamW with warm-up and cosine decay."
     adamw = torch.optim.AdamW(groups or parameter_groups(accelerator.unwrap_model(model), weight_decay), lr=stage.lr, betas=(.9, .95), fused=True)
-    return accelerator.prepare(adamw), torch.optim.lr_scheduler.LambdaLR(adamw, lambda s: warmup_cosine(s, stage.warmup_steps, stage.steps))
+    return accelerator.prepare_optimizer(adamw), torch.optim.lr_scheduler.LambdaLR(adamw, lambda s: warmup_cosine(s, stage.warmup_steps, stage.steps))
 
 def progress_bar(
     stage:Stage, # What to do
@@ -180,7 +192,7 @@ def progress_bar(
     live = sys.stderr.isatty() or 'ipykernel' in sys.modules
     return tqdm(total=stage.steps, initial=progress.step, desc=stage.name, unit='step', mininterval=1 if live else 30, disable=hidden)
 
-# %% ../nbs/14_loop.ipynb #f8675f5e
+# %% ../nbs/14_loop.ipynb #3f168e79
 def run_stage(
     accelerator:Accelerator, # Where to run
     model:nn.Module, # Prepared model
@@ -216,11 +228,12 @@ def run_stage(
         if due: bar.set_postfix_str(note(stage, progress, batch, schedule.get_last_lr()[0], parts))
         if stopping:
             bar.close(); save()
+            accelerator.wait_for_everyone()                                      # a launcher ends the others soon after the first
             raise Interrupted(stopping)
         start = time.perf_counter()
     bar.close()
 
-# %% ../nbs/14_loop.ipynb #3d33f014
+# %% ../nbs/14_loop.ipynb #66b7b400
 class Shadow:
     "A copy of a model that stands still while training goes on."
     def __init__(self,
@@ -228,6 +241,10 @@ class Shadow:
         group=None, # Process group for the talk of the thread; needed with several processes
     ):
         self.flip,self.group,self.pending,self.pool = deepcopy(flip).eval().requires_grad_(False),group,None,ThreadPoolExecutor(1, 'evaluation')
+
+    def running(self) -> bool: # Whether an evaluation goes on
+        "Ask without waiting."
+        return self.pending is not None and not self.pending.done()
 
     def wait(self):
         "Until the last evaluation is done; what went wrong in it is raised here."

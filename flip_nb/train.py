@@ -10,7 +10,7 @@ __all__ = ['DEFAULTS', 'LEAST', 'FREE', 'default_preset', 'check_options', 'reso
            'describe_run', 'append_line', 'mean_score', 'mark_best', 'memory_gb', 'publish', 'prepare_towers',
            'Training', 'run', 'train', 'main']
 
-# %% ../nbs/15_train.ipynb #0df2d9fa
+# %% ../nbs/15_train.ipynb #0872f7fe
 import argparse
 import inspect
 import json
@@ -31,7 +31,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, send_to_device, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, send_to_device, set_seed
 from fastcore.basics import patch
 from fastcore.script import anno_parser
 from safetensors.torch import load_file
@@ -46,7 +46,7 @@ from .model import FLIP, preset_config
 from .recipe import OFFICIAL_TUNING, Stage, get_recipe, load_tokenizer, plan_stages, recipe_table, scaled_lr, virtual_steps
 from .accumulate import checkpoint_blocks, compile_towers
 from .checkpoint import EXIT_RESUMABLE, StopRequest, latest_checkpoint, load_training_state, random_state, read_state, save_checkpoint, save_state, set_random_state, training_state, write_json
-from .loop import Interrupted, full, Progress, Shadow, TrainingDiverged, count_bad_steps, diagnose, make_optimizer, run_stage
+from .loop import Interrupted, full, Progress, Shadow, TrainingDiverged, count_bad_steps, diagnose, make_optimizer, prepare_model, run_stage
 from .scenes import Scenes
 from .text import CaptionTokenizer
 
@@ -104,7 +104,7 @@ def fast_bf16() -> bool: # True where bfloat16 products run on hardware made for
     able = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
     return bool(able.get('avx512_bf16') or able.get('amx_bf16'))
 
-# %% ../nbs/15_train.ipynb #aa36fc8a
+# %% ../nbs/15_train.ipynb #ab462261
 def settle(
     state, # `Accelerator` or accelerate's `PartialState`
     threads:int=0, # CPU threads per process; 0 shares the cores among the processes
@@ -130,6 +130,8 @@ def make_accelerator(
     if AcceleratorState._shared_state.get('_mixed_precision', mixed_precision) != mixed_precision: AcceleratorState._reset_state()    # an earlier run of this process chose another
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision, log_with=list(trackers) or None, project_dir='.',
                               kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))])
+    if os.environ.get('ACCELERATE_USE_FSDP') == 'true' and accelerator.distributed_type != DistributedType.FSDP:
+        raise ValueError("sharding (FSDP) was asked for, but accelerate does it on GPUs only; launch with another configuration, such as configs/cpu.yaml")
     settle(accelerator, threads)
     return accelerator
 
@@ -212,7 +214,7 @@ class SkippedRows:
             kinds = ', '.join(f'{n} x {kind}' for kind,n in self.kinds.most_common())
             raise ValueError(f"{len(self.keys)} of the first {self.seen} rows cannot be used, more than {self.most:.0%}: {kinds}; {self.path} says which. Mend the data, or allow more with --max_broken")
 
-# %% ../nbs/15_train.ipynb #86f9fc92
+# %% ../nbs/15_train.ipynb #1b3be05e
 def noise_sizes(
     flip:FLIP, # The model
     text_mask_ratio:float, # Fraction of text tokens to drop
@@ -252,10 +254,12 @@ def count_rows(
     options:SimpleNamespace, # Options of `train`
     pairs:Dataset|list[Source], # Training pairs, or the sources of a stream
 ) -> int|None: # Rows of one pass; None where nobody needs to know
-    "The length of a pass. Every process has to call it."
-    if not options.stream: return len(pairs)
-    if options.pairs or options.steps: return options.pairs
-    return gather_objects(count_pairs(pairs, options.quiet) if processes()[0] == 0 else None)[0]
+    "The length of a pass, which must hold a batch at least. Every process has to call it."
+    if not options.stream: rows = len(pairs)
+    elif options.pairs or options.steps: rows = options.pairs
+    else: rows = gather_objects(count_pairs(pairs, options.quiet) if processes()[0] == 0 else None)[0]
+    if rows is not None and rows < options.batch_size: raise ValueError(f"batch_size {options.batch_size} is larger than the data, {rows} rows; choose a smaller --batch_size")
+    return rows
 
 def deliver(
     loader:DataLoader, # Batches of this process
@@ -442,15 +446,16 @@ def finish_run(
     print(f"{out['pairs_per_second']:,.0f} pairs/s, {out['wall_seconds']:.0f} seconds in all; everything is in {folder}")
     return out
 
-# %% ../nbs/15_train.ipynb #28fa8149
+# %% ../nbs/15_train.ipynb #c6d1d55a
 def describe_run(
     options:SimpleNamespace, # Options of `train`, resolved
     stages:list[Stage], # What will be done
+    processes:int=1, # On how many processes
 ) -> str: # One line
     "What a run is going to do."
     model = options.preset or options.init
     parts = [f"{s.steps:,} steps at {s.mask_ratio:.0%} dropped, peak lr {s.lr:.3g}, warm-up {s.warmup_steps:,}" for s in stages]
-    return f"{model} on {Path(options.data).name}, {options.batch_size:,} pairs per step: " + '; then '.join(parts)
+    return f"{model} on {Path(options.data).name}, {options.batch_size:,} pairs per step on {processes} process{'es' if processes > 1 else ''}: " + '; then '.join(parts)
 
 # %% ../nbs/15_train.ipynb #26da3dd9
 def append_line(
@@ -504,7 +509,7 @@ def prepare_towers(
     if options.compile: compile_towers(flip)
     return flip
 
-# %% ../nbs/15_train.ipynb #5e8fa27f
+# %% ../nbs/15_train.ipynb #067509f3
 class Training:
     "A run in the making."
     def __init__(self,
@@ -522,11 +527,11 @@ class Training:
         self.cut_files()
         self.skipped = SkippedRows(self.folder/f'skipped-{self.rank}.jsonl', options.max_broken, first_rows, self.progress.done*options.batch_size)
         self.shadow = Shadow(flip.to(accelerator.device), dist.new_group(backend='gloo') if accelerator.num_processes > 1 else None)
-        self.model,self.optimizer,self.schedule,self.last_saved = accelerator.prepare(prepare_towers(flip, options)),None,None,self.progress.done if saved else None
+        self.model,self.optimizer,self.schedule,self.last_saved = prepare_model(accelerator, prepare_towers(flip, options)),None,None,self.progress.done if saved else None
         accelerator.project_configuration.logging_dir = str(self.folder)
         accelerator.init_trackers('flip_nb', {k: v for k,v in vars(options).items() if isinstance(v, (int, float, str))})
 
-# %% ../nbs/15_train.ipynb #ae431fe3
+# %% ../nbs/15_train.ipynb #b71b7095
 @patch
 def cut_files(self:Training):
     "Forget the lines that were written after the checkpoint; every process those of its own files."
@@ -537,26 +542,27 @@ def cut_files(self:Training):
 @patch
 def make_optimizer(self:Training,
     stage:Stage, # Which begins, or goes on
+    saved:dict|None, # What `open_checkpoint` read, to go on from
 ):
     "A fresh optimiser for a stage, or the one of the checkpoint."
     self.optimizer,self.schedule = make_optimizer(self.accelerator, self.model, stage, self.options.weight_decay)
-    if self.saved is None: return
-    saved,self.saved = self.saved,None
+    if saved is None: return
     load_training_state(self.model, self.optimizer, saved['training'])
     self.schedule.load_state_dict(saved['schedule'])
     if self.accelerator.scaler: self.accelerator.scaler.load_state_dict(saved['scaler'])
     if len(saved['random']) == self.accelerator.num_processes: set_random_state(saved['random'][self.rank])
 
-# %% ../nbs/15_train.ipynb #82ac978f
+# %% ../nbs/15_train.ipynb #3251936c
 @patch
 def state(self:Training) -> dict: # What a checkpoint holds besides the weights
     "Gather it; every process has to call it."
+    pending = self.looked_at if self.shadow.running() else None                 # asked before the size of its file
     self.progress.files = {p.name: p.stat().st_size for p in self.folder.glob('*.jsonl')}
     own = gather_objects(dict(random=random_state(), lanes=self.progress.lanes))
     lanes,training = {k: v for o in own for k,v in o['lanes'].items()},training_state(self.model, self.optimizer)
     training.pop('model', None)                                                 # the weights have a file of their own
     return dict(progress=self.progress.state() | dict(lanes=lanes), training=training, schedule=self.schedule.state_dict(),
-                random=[o['random'] for o in own], scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None)
+                random=[o['random'] for o in own], pending=pending, scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None)
 
 @patch
 def save(self:Training):
@@ -581,16 +587,23 @@ def kept(self:Training) -> str: # Part of a sentence
     path,_ = latest_checkpoint(self.folder)
     return f"the last good weights are in {path}" if path else "no weights had been saved yet"
 
-# %% ../nbs/15_train.ipynb #c04cd626
+# %% ../nbs/15_train.ipynb #388698f3
+@patch
+def about(self:Training,
+    stage:Stage, # Which goes on
+) -> dict: # The beginning of a line of evaluations.jsonl
+    "Which weights these are."
+    return dict(stage=stage.name, step=self.progress.step, done=self.progress.done, seconds=self.progress.seconds)
+
 @patch
 def tell(self:Training,
-    stage:Stage, # Of which the weights are
+    about:dict, # Which weights were evaluated
 ): # Function (results, seconds)
     "Make a function that writes scores down."
-    path,line = self.folder/'evaluations.jsonl',dict(stage=stage.name, step=self.progress.step, done=self.progress.done, seconds=self.progress.seconds)
+    path = self.folder/'evaluations.jsonl'
     def tell(results, seconds):
         if not self.accelerator.is_main_process: return
-        line.update({k: results[k] for k in ('zero_shot', 'zero_shot_unseen', 'retrieval')}, score=mean_score(results), eval_seconds=seconds)
+        line = about | ({k: results[k] for k in ('zero_shot', 'zero_shot_unseen', 'retrieval')} | dict(score=mean_score(results), eval_seconds=seconds))
         before = [json.loads(text)['score'] for text in path.read_text().splitlines()] if path.exists() else []
         append_line(path, line)
         self.accelerator.log(dict(score=line['score'], score_step=line['done']), step=self.progress.done)     # trackers want steps in order
@@ -599,20 +612,36 @@ def tell(self:Training,
 
 @patch
 def evaluate_beside(self:Training,
-    stage:Stage, # Of which the weights are
+    about:dict, # Which weights the copy has
 ):
-    "Evaluate the weights as they are now while training goes on."
-    self.shadow.update(self.flip)
-    self.shadow.evaluate_beside(self.evaluate, self.tell(stage))
+    "Evaluate the copy while training goes on."
+    self.looked_at = about
+    self.shadow.evaluate_beside(self.evaluate, self.tell(about))
 
-# %% ../nbs/15_train.ipynb #9c77fe71
+@patch
+def repeat_evaluations(self:Training,
+    stage:Stage, # Which goes on
+    saved:dict, # What `open_checkpoint` read
+):
+    "Evaluate again what a kill may have left unfinished."
+    pending = saved['pending']
+    checkpoint = self.folder/'checkpoints'/f"step-{pending['done']:08}" if pending else self.folder/'nothing'
+    if checkpoint.exists():
+        self.shadow.flip.load_state_dict(load_file(checkpoint/'model.safetensors'))
+        self.evaluate_beside(pending)
+    if self.due(self.options.eval_every, stage):
+        self.shadow.update(self.flip)
+        self.evaluate_beside(self.about(stage))
+
+# %% ../nbs/15_train.ipynb #a1318bde
 @patch
 def due(self:Training,
     every:int, # Steps between two times, 0 for never
     stage:Stage, # Of which the steps are
-) -> bool: # Whether it is time, at this log line
+) -> bool: # Whether this is the first log line since then
     "Whether something happens that happens now and then."
-    return bool(every) and self.progress.step % every < self.options.log_every and 0 < self.progress.step < stage.steps
+    step,log_every = self.progress.step,self.options.log_every
+    return bool(every) and step % log_every == 0 and step % every < log_every and 0 < step < stage.steps
 
 @patch
 def log_line(self:Training,
@@ -648,10 +677,12 @@ def note(self:Training,
     if self.accelerator.is_main_process: append_line(self.folder/'metrics.jsonl', line)
     evaluating = self.due(self.options.eval_every, stage)
     if evaluating or self.due(self.options.save_every, stage) or progress.step == stage.steps: self.save()
-    if evaluating: self.evaluate_beside(stage)
+    if evaluating:
+        self.shadow.update(self.flip)
+        self.evaluate_beside(self.about(stage))
     return f"loss {line['loss'] or float('nan'):.3f}, {line['pairs_per_second']:,.0f} pairs/s, temperature {1/line['logit_scale']:.3f}"
 
-# %% ../nbs/15_train.ipynb #416ca0f0
+# %% ../nbs/15_train.ipynb #41821195
 @patch
 def train_stage(self:Training,
     stage:Stage, # What to do
@@ -659,13 +690,13 @@ def train_stage(self:Training,
     stop:StopRequest, # Tells whether somebody wants the run to stop
 ):
     "One stage, and its evaluation."
-    resumed = self.saved is not None
-    self.make_optimizer(stage)
-    if resumed and self.due(self.options.eval_every, stage): self.evaluate_beside(stage)      # the kill may have come before its end
+    saved,self.saved = self.saved,None
+    self.make_optimizer(stage, saved)
+    if saved: self.repeat_evaluations(stage, saved)
     run_stage(self.accelerator, self.model, self.optimizer, self.schedule, batches, stage, self.progress, self.options, self.note, stop=stop, save=self.save)
     flip,start = self.shadow.update(self.flip),time.perf_counter()
     results = self.evaluate(flip)                                                # on every process, each its share
-    self.tell(stage)(results, time.perf_counter() - start)
+    self.tell(self.about(stage))(results, time.perf_counter() - start)
     self.progress.finished.append(dict(seconds=self.progress.seconds, results=results))
     self.progress.stage,self.progress.step,self.progress.seconds = self.progress.stage + 1,0,0.
 
@@ -681,7 +712,7 @@ def run(self:Training,
     kinds = sum((Counter(k) for k in gather_objects(dict(self.skipped.kinds))), Counter())
     return finish_run(self.accelerator, self.shadow.flip, self.options, self.stages, self.progress, dict(kinds), time.perf_counter() - self.start)
 
-# %% ../nbs/15_train.ipynb #ce1bd1eb
+# %% ../nbs/15_train.ipynb #02293459
 def run(
     options:SimpleNamespace, # Options of `train`, resolved
 ) -> dict: # What is in results.json
@@ -694,7 +725,7 @@ def run(
     rows = count_rows(options, pairs)
     stages = plan_stages(*(getattr(options, k) for k in ('steps', 'tune_steps', 'mask_ratio', 'lr', 'tune_lr', 'warmup_steps'))) if going_on else fill_in_steps(options, rows)
     if not going_on: start_run(accelerator, options, tokenizer)
-    if accelerator.is_main_process and not options.quiet: print(describe_run(options, stages))
+    if accelerator.is_main_process and not options.quiet: print(describe_run(options, stages, accelerator.num_processes))
     training = Training(accelerator, options, flip, evaluate, stages, min(10_000, rows or 10_000), saved)
     collate = Collate(tokenizer, flip.config.padding_mask and not options.text_mask_ratio)
     noise,steps = noise_sizes(flip, options.text_mask_ratio),range(training.progress.done, sum(s.steps for s in stages))
@@ -703,7 +734,8 @@ def run(
     try: return training.run(loader)
     except RuntimeError as e:
         if accelerator.num_processes == 1 or not re.search('gloo|NCCL|[Cc]onnection|[Tt]imed? ?out|peer', str(e)): raise
-        raise ValueError(f"process {accelerator.process_index} lost another one, which ended or did not answer for {options.timeout} seconds ({str(e).splitlines()[0]:.150}); go on with --resume {options.out}") from e
+        says = re.sub(r'^\[.*?\] ?', '', str(e).splitlines()[0])
+        raise ValueError(f"process {accelerator.process_index} lost another one, which ended or did not answer for {options.timeout} seconds ({says}); go on with --resume {options.out}") from e
 
 # %% ../nbs/15_train.ipynb #c52afde0
 def train(
