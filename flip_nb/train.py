@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'LEAST', 'FREE', 'default_preset', 'check_options', 'resolve_options', 'fast_bf16', 'settle',
            'make_accelerator', 'choose_trackers', 'new_run_folder', 'open_data', 'SkippedRows', 'noise_sizes',
-           'make_loader', 'make_stream', 'count_rows', 'deliver', 'new_model', 'load_model', 'open_run',
-           'fill_in_steps', 'start_run', 'resume_options', 'open_checkpoint', 'plot_run', 'card_metrics', 'finish_run',
-           'describe_run', 'append_line', 'mean_score', 'mark_best', 'memory_gb', 'publish', 'prepare_towers',
-           'Training', 'run', 'train', 'main']
+           'leave_signals', 'make_loader', 'make_stream', 'count_rows', 'deliver', 'new_model', 'load_model',
+           'open_run', 'fill_in_steps', 'start_run', 'resume_options', 'open_checkpoint', 'plot_run', 'card_metrics',
+           'finish_run', 'describe_run', 'append_line', 'mean_score', 'mark_best', 'memory_gb', 'publish',
+           'prepare_towers', 'Training', 'run', 'train', 'main']
 
 # %% ../nbs/15_train.ipynb #0872f7fe
 import argparse
@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -222,6 +223,12 @@ def noise_sizes(
     "How many random numbers a pair needs for its masks."
     return dict(image_noise=flip.num_patches) | (dict(text_noise=flip.config.context_length) if text_mask_ratio else {})
 
+def leave_signals(
+    worker:int, # Number of a process that decodes
+):
+    "Ctrl-C and a cluster's SIGTERM reach all processes; those that decode go on until the one that trains ends them."
+    for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_IGN)
+
 def make_loader(
     accelerator:Accelerator, # Where the run runs
     pairs:Dataset, # Training pairs
@@ -232,7 +239,7 @@ def make_loader(
 ) -> DataLoader: # One batch per step
     "The batches of this process."
     batches = Batches(pairs, collate, options.batch_size, options.seed, noise, accelerator.process_index, accelerator.num_processes)
-    return DataLoader(batches, batch_size=None, sampler=steps, num_workers=options.workers, pin_memory=accelerator.device.type == 'cuda', generator=torch.Generator())
+    return DataLoader(batches, batch_size=None, sampler=steps, num_workers=options.workers, pin_memory=accelerator.device.type == 'cuda', generator=torch.Generator(), worker_init_fn=leave_signals)
 
 def make_stream(
     accelerator:Accelerator, # Where the run runs
@@ -246,7 +253,7 @@ def make_stream(
     "The batches of this process, out of shards."
     stream = PairStream(sources, train_transform(image_size, options.min_area, not options.no_flip), collate, options.batch_size, options.seed, noise,
                         accelerator.process_index, accelerator.num_processes, options.buffer_size, lanes)
-    loader = stream_loader(stream, options.workers, pin_memory=accelerator.device.type == 'cuda')
+    loader = stream_loader(stream, options.workers, pin_memory=accelerator.device.type == 'cuda', worker_init_fn=leave_signals)
     if loader.note and accelerator.is_main_process: print(loader.note, file=sys.stderr)
     return loader
 
