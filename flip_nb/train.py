@@ -444,7 +444,6 @@ def finish_run(
         processes=accelerator.num_processes, device=accelerator.device.type, mixed_precision=accelerator.mixed_precision, torch=torch.__version__)
     write_json(folder/'results.json', out)
     plot_run(folder).savefig(folder/'training_curve.png')
-    (folder/'README.md').unlink(missing_ok=True)                                # it may be one file with that of a checkpoint
     flip.generate_model_card(data=Path(options.data).name, metrics=card_metrics(last)).save(folder/'README.md')
     if options.quiet: return out
     print(f"before tuning\n{results_table(before)}\nafter unmasked tuning\n{results_table(last)}" if len(results) > 1 else results_table(last))
@@ -503,7 +502,7 @@ def publish(
     for name in ('config.json', 'tokenizer.json', 'README.md', 'model.safetensors'):
         part = folder/f'.{name}.part'
         part.unlink(missing_ok=True)
-        try: os.link(checkpoint/name, part)
+        try: (os.link if name == 'model.safetensors' else shutil.copyfile)(checkpoint/name, part)
         except OSError: shutil.copyfile(checkpoint/name, part)                    # a file system without links
         part.replace(folder/name)
 
@@ -674,7 +673,8 @@ def note(self:Training,
     parts, # Names of the parts of the model
 ) -> str: # What stands beside the progress bar
     "Look at the numbers, write them down, save and evaluate if it is time."
-    losses,norms = self.accelerator.reduce(torch.stack(progress.losses), 'mean').cpu(),torch.stack(progress.norms).cpu()
+    losses,norms = (torch.stack([x.to(self.accelerator.device) for x in xs]) for xs in (progress.losses, progress.norms))      # those of a checkpoint come from the CPU
+    losses,norms = self.accelerator.reduce(losses, 'mean').cpu(),norms.cpu()
     progress.losses,progress.norms = [],[]
     if count_bad_steps(progress, norms, self.options.max_bad_steps):
         raise TrainingDiverged(f"the gradients of {progress.in_a_row} steps in a row were not finite, up to step {progress.step} of the {stage.name} stage; {self.kept()}. "
@@ -734,6 +734,7 @@ def run(
     if not going_on: start_run(accelerator, options, tokenizer)
     if accelerator.is_main_process and not options.quiet: print(describe_run(options, stages, accelerator.num_processes))
     training = Training(accelerator, options, flip, evaluate, stages, min(10_000, rows or 10_000), saved)
+    del saved                                                                   # as large as the model and its optimiser
     collate = Collate(tokenizer, flip.config.padding_mask and not options.text_mask_ratio)
     noise,steps = noise_sizes(flip, options.text_mask_ratio),range(training.progress.done, sum(s.steps for s in stages))
     loader = make_stream(accelerator, pairs, flip.config.image_size, collate, options, noise, training.progress.lanes) if options.stream else make_loader(accelerator, pairs, collate, options, noise, steps)
