@@ -35,7 +35,8 @@ from .recipe import Stage, parameter_groups, scaled_lr
 from .registry import TestSet, classification_scores, need_labels, open_test_set, text_classifier
 from .checkpoint import write_json
 from .loop import Progress, TrainingDiverged, backward_through, count_bad_steps, diagnose, make_optimizer, prepare_model, run_stage
-from .train import SkippedRows, append_line, deliver, make_accelerator, make_loader, new_run_folder
+from .stream import SkippedRows
+from .train import append_line, deliver, make_accelerator, make_loader, new_run_folder
 
 # %% ../nbs/26_finetune.ipynb #31473de3
 def image_tower(
@@ -303,7 +304,7 @@ def note_finetuning(
     def note(stage, progress, batch, lr, parts):
         losses,norms = accelerator.reduce(torch.stack(progress.losses), 'mean').cpu(),torch.stack(progress.norms).cpu()
         progress.losses,progress.norms = [],[]
-        if count_bad_steps(progress, norms, limit=10): raise TrainingDiverged(f"the gradients of ten steps in a row were not finite, up to step {progress.step}; {diagnose(model, batch, parts, norms[-1])}; {advice}")
+        if (bad := count_bad_steps(progress, norms)) >= 10: raise TrainingDiverged(f"the gradients of {bad} steps in a row were not finite, up to step {progress.step}; {diagnose(model, batch, parts, norms[-1])}; {advice}")
         good,rate = losses[losses.isfinite()],progress.step*options.batch_size/progress.seconds
         line = dict(stage=stage.name, step=progress.step, seconds=progress.seconds, loss=good.mean().item() if len(good) else None, lr=lr, pictures_per_second=rate, skipped_steps=progress.skipped)
         due = options.save_every and progress.step % options.save_every < options.log_every or progress.step == stage.steps
@@ -311,7 +312,7 @@ def note_finetuning(
         if accelerator.is_main_process:
             if due: model.save_pretrained(folder)
             append_line(folder/'metrics.jsonl', line)
-        return f"loss {line['loss'] or float('nan'):.3f}, {rate:,.0f} pictures/s"
+        return f"loss {float('nan') if line['loss'] is None else line['loss']:.3f}, {rate:,.0f} pictures/s"
     return note
 
 # %% ../nbs/26_finetune.ipynb #b52ac568

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
-from .data import AllRows, Pairs, to_float
+from .data import AllRows, Pairs, leave_signals, to_float
 from .loss import normalize
 from .model import FLIP
 from .scenes import CLASSES, TEMPLATES, Scenes, article
@@ -304,7 +304,7 @@ def encode_pairs(
     batch_size = batch_size or good_batch_size(device)
     def embed(batches):
         batches = list(batches)                                                   # ranges of rows
-        loader = DataLoader(AllRows(pairs), batch_sampler=batches, num_workers=workers, collate_fn=list, generator=torch.Generator())
+        loader = DataLoader(AllRows(pairs), batch_sampler=batches, num_workers=workers, collate_fn=list, generator=torch.Generator(), worker_init_fn=leave_signals)
         for batch,rows in zip(batches, loader):
             good = [(image, texts) for image,texts,_ in rows if image is not None]
             with evaluating(model, seed + batch.start//batch_size if mask_ratio else None):

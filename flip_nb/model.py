@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from .core import find_file, nearest
 from .loss import INIT_LOGIT_SCALE, clamped_exp, normalize
 from .text import CaptionTokenizer, TextEncoder
-from .transformer import init_linear
+from .transformer import Linear, init_linear
 from .vision import ImageEncoder, TimmImageEncoder
 
 # %% ../nbs/06_model.ipynb #4dc8a626
@@ -150,8 +150,8 @@ class FLIP(nn.Module, ModelHubMixin):
             c.image_size, c.patch_size, c.image_width, c.image_depth, c.image_heads, c.mlp_ratio, c.image_pool, c.image_pos)
         self.text_encoder = TextEncoder(
             c.vocab_size, c.context_length, c.text_width, c.text_depth, c.text_heads, c.mlp_ratio, c.text_pool, c.padding_mask)
-        self.image_proj = nn.Linear(self.image_encoder.embed_dim, c.embed_dim, bias=False)
-        self.text_proj = nn.Linear(c.text_width, c.embed_dim, bias=False)
+        self.image_proj = Linear(self.image_encoder.embed_dim, c.embed_dim, bias=False)
+        self.text_proj = Linear(c.text_width, c.embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor([INIT_LOGIT_SCALE]))
         self.image_proj.apply(init_linear); self.text_proj.apply(init_linear)
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from .data import AllRows, Pairs, eval_transform, to_float
+from .data import AllRows, Pairs, eval_transform, leave_signals, to_float
 from .metrics import MAX_SCORES, evaluating, gather_objects, good_batch_size, processes, similarity
 from .loss import normalize
 from .model import FLIP
@@ -179,7 +179,7 @@ def extract_features(
     array,record = open_together(path, fingerprints(flip, data, mask_ratio=mask_ratio, projected=projected, seed=seed) if path else {}, (len(data), width))
     main,first,batch_size = processes()[0] == 0,record['done'],batch_size or good_batch_size(next(flip.parameters()).device)
     def embed(batches):
-        loader = DataLoader(data, batch_sampler=batches, num_workers=workers, collate_fn=list, generator=torch.Generator())
+        loader = DataLoader(data, batch_sampler=batches, num_workers=workers, collate_fn=list, generator=torch.Generator(), worker_init_fn=leave_signals)
         for batch,items in zip(batches, loader): yield embed_batch(flip, items, batch.start, projected, mask_ratio, seed)
     with tqdm(total=len(data), initial=first, desc='features', unit='picture', delay=1, disable=quiet or not main) as bar:
         def save():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAD_ID', 'SPECIAL_TOKENS', 'caption_normalizer', 'caption_list', 'CaptionTokenizer', 'valid_tokens', 'mean_valid',
-           'mask_text', 'TextEncoder']
+           'mask_text', 'wants_groups', 'length_groups', 'TextEncoder']
 
 # %% ../nbs/04_text.ipynb #00c8f1cf
 import os
@@ -164,6 +164,24 @@ def mask_text(
     valid[:, 0] |= ~valid.any(1)
     return x, valid
 
+# %% ../nbs/04_text.ipynb #efbaa9cb
+def wants_groups(
+    ids:Tensor, # Ids (B, L)
+) -> bool: # Whether `length_groups` saves work
+    "Many captions, on a CPU, in code that is not compiled."
+    return ids.device.type == 'cpu' and len(ids) >= 32 and not torch.compiler.is_compiling()
+
+def length_groups(
+    ids:Tensor, # Ids (B, L), 0 is padding
+    most:int=4, # Groups at most
+) -> list[tuple[Tensor,int]]: # Rows of each group, and the length of its longest caption
+    "Captions of like length."
+    lengths = ((ids != PAD_ID)*torch.arange(1, ids.shape[1] + 1)).amax(1).clamp(min=1)    # (B,) place of the last word
+    order = lengths.argsort()
+    whole,groups = (order, int(lengths[order[-1]])),[(rows, int(lengths[rows[-1]])) for rows in order.chunk(most)]
+    worth = sum(len(rows)*length for rows,length in groups) < .9*len(ids)*whole[1]        # else smaller products cost more than they save
+    return groups if worth else [whole]
+
 # %% ../nbs/04_text.ipynb #f526d602
 class TextEncoder(nn.Module):
     "Bidirectional (not causal) transformer over caption pieces."
@@ -193,6 +211,18 @@ class TextEncoder(nn.Module):
     ) -> Tensor: # One feature per caption (B, D)
         "Encode captions and pool them."
         if ids.shape[1] > self.context_length: raise ValueError(f"captions have {ids.shape[1]} ids, more than context_length {self.context_length}")
+        if not (self.padding_mask and not mask_ratio and noise is None and wants_groups(ids)): return self.encode(ids, mask_ratio, mask_order, noise)
+        groups = length_groups(ids)
+        features = torch.cat([self.encode(ids[rows, :length]) for rows,length in groups])
+        return features[torch.cat([rows for rows,_ in groups]).argsort()]
+
+    def encode(self,
+        ids:Tensor, # Ids (B, L)
+        mask_ratio:float=0., # Fraction of tokens to drop, in [0, 1)
+        mask_order:str='random', # 'random' or 'padding_first'
+        noise:Tensor|None=None, # One number in [0, 1) per token (B, L), the smallest are kept; None draws it
+    ) -> Tensor: # One feature per caption (B, D)
+        "All captions at their common length."
         x = self.token_embed(ids) + self.pos_embed[:, :ids.shape[1]]     # (B, L, D)
         valid = valid_tokens(ids)                                       # (B, L)
         if mask_ratio or noise is not None:

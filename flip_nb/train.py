@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'LEAST', 'FREE', 'default_preset', 'check_options', 'resolve_options', 'fast_bf16', 'settle',
-           'make_accelerator', 'choose_trackers', 'new_run_folder', 'open_data', 'SkippedRows', 'noise_sizes',
-           'leave_signals', 'make_loader', 'make_stream', 'count_rows', 'deliver', 'new_model', 'load_model',
-           'open_run', 'fill_in_steps', 'start_run', 'resume_options', 'open_checkpoint', 'plot_run', 'card_metrics',
-           'finish_run', 'describe_run', 'append_line', 'mean_score', 'mark_best', 'memory_gb', 'publish',
-           'prepare_towers', 'Training', 'run', 'train', 'main']
+           'make_accelerator', 'choose_trackers', 'new_run_folder', 'scene_captions', 'open_data', 'noise_sizes',
+           'make_loader', 'make_stream', 'count_rows', 'deliver', 'new_model', 'load_model', 'open_run',
+           'fill_in_steps', 'start_run', 'resume_options', 'open_checkpoint', 'plot_run', 'card_metrics', 'finish_run',
+           'describe_run', 'append_line', 'mean_score', 'memory_gb', 'publish', 'prepare_towers', 'Training',
+           'own_lanes', 'run', 'begin', 'train_defaults', 'train', 'main']
 
-# %% ../nbs/15_train.ipynb #0872f7fe
+# %% ../nbs/15_train.ipynb #dff8aca4
 import argparse
 import inspect
 import json
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from collections import Counter
@@ -26,32 +25,32 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, send_to_device, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, broadcast_object_list, send_to_device, set_seed
 from fastcore.basics import patch
 from fastcore.script import anno_parser
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
-from .core import nearest
-from .data import Batches, Collate, corpus, load_pairs, train_transform
-from .stream import PairStream, Source, count_pairs, open_stream, stream_corpus, stream_loader
+from .data import Batches, Collate, corpus, leave_signals, load_pairs, train_transform
+from .stream import PairStream, SkippedRows, Source, count_pairs, open_stream, stream_corpus, stream_loader
 from .metrics import evaluate_pairs, evaluate_scenes, gather_objects, processes, results_table
 from .masking import num_kept
 from .loss import clamped_exp
 from .model import FLIP, preset_config
 from .recipe import OFFICIAL_TUNING, Stage, get_recipe, load_tokenizer, plan_stages, recipe_table, scaled_lr, virtual_steps
 from .accumulate import checkpoint_blocks, compile_towers
-from .checkpoint import EXIT_RESUMABLE, StopRequest, latest_checkpoint, load_training_state, random_state, read_state, save_checkpoint, save_state, set_random_state, training_state, write_json
+from .checkpoint import EXIT_RESUMABLE, StopRequest, latest_checkpoint, load_training_state, mark_best, random_state, read_state, save_checkpoint, save_state, set_random_state, training_state, write_json
 from .loop import Interrupted, full, Progress, Shadow, TrainingDiverged, count_bad_steps, diagnose, make_optimizer, prepare_model, run_stage
-from .scenes import Scenes
+from .scenes import Scenes, caption_scenes
 from .text import CaptionTokenizer
 
-# %% ../nbs/15_train.ipynb #cc001e42
+# %% ../nbs/15_train.ipynb #2dec780d
 DEFAULTS = dict(mask_ratio=0.5, batch_size=128, lr=2e-3, weight_decay=0.2, grad_clip=0., min_area=0.5, vocab_size=4096)
 LEAST = dict(steps=1, lr=0, tune_lr=0, batch_size=2, micro_batch=0, loss_chunk=0, warmup_steps=0, tune_steps=0, weight_decay=0, grad_clip=0, vocab_size=1,
              log_every=1, save_every=0, keep=1, eval_every=0, eval_size=1, max_bad_steps=1, max_broken=0, pairs=1, buffer_size=1, threads=0, workers=0, timeout=1)
@@ -62,7 +61,6 @@ def default_preset(
     "The model for those who do not choose one."
     return 'tiny' if data == 'scenes' else 'mini'
 
-# %% ../nbs/15_train.ipynb #abddcf2a
 def check_options(
     options:SimpleNamespace, # Options of `train`, resolved
 ):
@@ -70,14 +68,14 @@ def check_options(
     o = vars(options)
     for ratio in (o['mask_ratio'], o['text_mask_ratio']): num_kept(1, ratio)
     for name,least in LEAST.items():
-        if o.get(name) is not None and o[name] < least: raise ValueError(f"{name} must be at least {least}, got {o[name]}")
+        if o.get(name) is not None and not o[name] >= least: raise ValueError(f"{name} must be at least {least}, got {o[name]}")
     for name in ('weights', 'pairs'):
         if o.get(name) is not None and not o.get('stream'): raise ValueError(f"--{name} {o[name]} is for data that are streamed: give --stream too")
     if o.get('on_save_error', 'go_on') not in ('go_on', 'stop'): raise ValueError(f"on_save_error must be go_on or stop, got {o['on_save_error']!r}")
-    if o.get('epochs') is not None and o['epochs'] <= 0: raise ValueError(f"epochs must be above 0, got {o['epochs']}")
+    if o.get('epochs') is not None and not o['epochs'] > 0: raise ValueError(f"epochs must be above 0, got {o['epochs']}")
     if o.get('text_mask_order', 'random') not in ('random', 'padding_first'): raise ValueError(f"text_mask_order must be random or padding_first, got {o['text_mask_order']!r}")
 
-# %% ../nbs/15_train.ipynb #bbf4fb49
+# %% ../nbs/15_train.ipynb #9184d4d4
 def resolve_options(
     given:dict, # Every option of `train`, None where nothing was said
 ) -> SimpleNamespace: # The options as they will be used
@@ -87,6 +85,7 @@ def resolve_options(
     merged = DEFAULTS | recipe | explicit
     o = SimpleNamespace(**{k: merged.get(k) for k in given})
     check_options(o)
+    if {'steps', 'epochs'} <= explicit.keys(): raise ValueError(f"give either steps or epochs, not both (got {o.steps} and {o.epochs})")
     if recipe and 'lr' not in explicit: o.lr = scaled_lr(recipe['base_lr'], o.batch_size)
     if o.init and 'vocab' in explicit: raise ValueError("give either --init or --vocab, not both: a trained model keeps its vocabulary")
     if 'vocab_size' in explicit and (o.init or 'vocab' in explicit): raise ValueError("--vocab_size is for a vocabulary that is learned from the captions; it goes with neither --init nor --vocab")
@@ -105,17 +104,18 @@ def fast_bf16() -> bool: # True where bfloat16 products run on hardware made for
     able = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
     return bool(able.get('avx512_bf16') or able.get('amx_bf16'))
 
-# %% ../nbs/15_train.ipynb #ab462261
+# %% ../nbs/15_train.ipynb #f6e028b8
 def settle(
     state, # `Accelerator` or accelerate's `PartialState`
     threads:int=0, # CPU threads per process; 0 shares the cores among the processes
 ):
     "As many processes as were launched, and as many threads as there are cores for them."
     world,local = (int(os.environ.get(k, 1)) for k in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
-    if state.num_processes != world: raise ValueError(f"{world} processes were launched but {state.num_processes} found each other; launch with `accelerate launch --multi_gpu --num_processes {world}`")
+    if state.num_processes != world: raise ValueError(f"{world} processes were launched but {state.num_processes} found each other; launch with `accelerate launch --multi_gpu --num_processes {world}`, on CPUs with `accelerate launch --config_file configs/cpu.yaml`")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     if state.device.type == 'cpu': torch.set_num_threads(threads or max(1, cores//local))
 
+# %% ../nbs/15_train.ipynb #203b7b6c
 def make_accelerator(
     mixed_precision:str='auto', # 'auto', 'no', 'bf16' or 'fp16'
     threads:int=0, # CPU threads per process; 0 shares the cores among the processes
@@ -125,12 +125,12 @@ def make_accelerator(
     "One process or many, CPU or GPU, as launched."
     if mixed_precision not in (known := ('auto', 'no', 'bf16', 'fp16')):
         raise ValueError(f"mixed_precision must be one of {', '.join(known)}, got {mixed_precision!r}")
-    if mixed_precision == 'auto':                                               # what `accelerate launch` was told goes first
+    if mixed_precision == 'auto':                                               # what `accelerate launch` was told goes first, unless it is 'no', which it says also when nobody asked
         told = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
         mixed_precision = told if told != 'no' else 'bf16' if fast_bf16() else 'no'
     if AcceleratorState._shared_state.get('_mixed_precision', mixed_precision) != mixed_precision: AcceleratorState._reset_state()    # an earlier run of this process chose another
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision, log_with=list(trackers) or None, project_dir='.',
-                              kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))])
+                              kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)), DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)])
     if os.environ.get('ACCELERATE_USE_FSDP') == 'true' and accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError("sharding (FSDP) was asked for, but accelerate does it on GPUs only; launch with another configuration, such as configs/cpu.yaml")
     settle(accelerator, threads)
@@ -162,72 +162,39 @@ def new_run_folder(
     except OSError as e: raise ValueError(f"the run folder {str(folder)!r} cannot be made: {e.strerror}") from e
     return folder
 
-# %% ../nbs/15_train.ipynb #375a0814
+# %% ../nbs/15_train.ipynb #ee93518a
+def scene_captions(
+    scenes:Scenes, # Scenes
+    number:int=5000, # How many of the first
+) -> list[str]: # Their captions
+    "Captions alone; the pictures need not be painted for them."
+    index = np.arange(number)
+    return caption_scenes(scenes.stream + 1, index, scenes.draw(index))
+
 def open_data(
     options:SimpleNamespace, # Options of `train`
     image_size:int, # Side of the pictures in pixels
-) -> tuple[Dataset|list,list[str],partial]: # Training pairs, or the sources of a stream; captions for the tokenizer, and a function (model, tokenizer) that evaluates
+) -> tuple: # Training pairs, or the sources of a stream; a function () that reads captions for a tokenizer, and one (model, tokenizer) that evaluates
     "Everything a run needs to know about its data."
     if options.stream:
         sources,held = open_stream(options.data, image_size, options.image_column, options.caption_column, options.weights)
-        return sources, stream_corpus(sources), partial(evaluate_pairs, pairs=held.get('test', held.get('val')), workers=options.workers)
+        return sources, partial(stream_corpus, sources), partial(evaluate_pairs, pairs=held.get('test', held.get('val')), workers=options.workers)
     if options.data == 'scenes':
         train = Scenes('train', image_size, seed=options.seed)
-        return train, train.batch(range(5000))[1], partial(evaluate_scenes, size=options.eval_size, seed=options.seed)
+        return train, partial(scene_captions, train), partial(evaluate_scenes, size=options.eval_size, seed=options.seed)
     pairs = load_pairs(options.data, image_size, options.image_column, options.caption_column, options.min_area, not options.no_flip)
     if 'train' not in pairs: raise ValueError(f"{options.data!r} has no rows to train on; its only split is {', '.join(pairs)}")
     held_out = pairs.get('test', pairs.get('val'))
     if held_out is None: raise ValueError(f"{options.data!r} has {len(pairs['train'])} rows and no test split; give it a test split, or ten rows at least")
-    return pairs['train'], corpus(pairs['train']), partial(evaluate_pairs, pairs=held_out, workers=options.workers)
+    return pairs['train'], partial(corpus, pairs['train']), partial(evaluate_pairs, pairs=held_out, workers=options.workers)
 
-# %% ../nbs/15_train.ipynb #dee39e32
-class SkippedRows:
-    "Rows that could not be used: one line each in a file, counted by kind."
-    def __init__(self,
-        path:Path, # File of this process, one line of JSON for each row
-        most:float=0.1, # Largest share of the first rows that may be broken
-        first:int=10_000, # How many rows are the first
-        seen:int=0, # Rows seen before, by the run that goes on
-    ):
-        self.path,self.most,self.first,self.seen,self.kinds,self.keys = path,most,first,seen,Counter(),set()
-        for line in path.read_text().splitlines() if path.exists() else []: self.remember(*json.loads(line))
-
-    def remember(self,
-        key:int|str, # Row number, or key of a sample
-        kind:str, # What kind of fault
-        fault:str='', # What is wrong
-    ):
-        "Count a row."
-        self.keys.add(key); self.kinds[kind] += 1
-
-    def add(self,
-        broken:list, # Rows passed over: (key, what is wrong), or (key, kind, what is wrong)
-        used:int, # Rows that were used meanwhile
-    ):
-        "Write down what is new; stop the run if it is too much."
-        rows = [r if len(r) == 3 else (r[0], r[1].split(':')[0], r[1]) for r in broken]
-        new = {key: (key, kind, fault) for key,kind,fault in rows if key not in self.keys}
-        if new:
-            with open(self.path, 'a') as f: f.writelines(json.dumps(row) + '\n' for row in new.values())
-            for row in new.values(): self.remember(*row)
-        before,self.seen = self.seen,self.seen + used + len(broken)
-        if before < self.first and len(self.keys) > self.most*max(self.seen, self.first):
-            kinds = ', '.join(f'{n} x {kind}' for kind,n in self.kinds.most_common())
-            raise ValueError(f"{len(self.keys)} of the first {self.seen} rows cannot be used, more than {self.most:.0%}: {kinds}; {self.path} says which. Mend the data, or allow more with --max_broken")
-
-# %% ../nbs/15_train.ipynb #1b3be05e
+# %% ../nbs/15_train.ipynb #7550ccb7
 def noise_sizes(
     flip:FLIP, # The model
     text_mask_ratio:float, # Fraction of text tokens to drop
 ) -> dict[str,int]: # Name of a noise to numbers per pair
     "How many random numbers a pair needs for its masks."
     return dict(image_noise=flip.num_patches) | (dict(text_noise=flip.config.context_length) if text_mask_ratio else {})
-
-def leave_signals(
-    worker:int, # Number of a process that decodes
-):
-    "Ctrl-C and a cluster's SIGTERM reach all processes; those that decode go on until the one that trains ends them."
-    for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_IGN)
 
 def make_loader(
     accelerator:Accelerator, # Where the run runs
@@ -241,6 +208,7 @@ def make_loader(
     batches = Batches(pairs, collate, options.batch_size, options.seed, noise, accelerator.process_index, accelerator.num_processes)
     return DataLoader(batches, batch_size=None, sampler=steps, num_workers=options.workers, pin_memory=accelerator.device.type == 'cuda', generator=torch.Generator(), worker_init_fn=leave_signals)
 
+# %% ../nbs/15_train.ipynb #4d29a9cb
 def make_stream(
     accelerator:Accelerator, # Where the run runs
     sources:list[Source], # What `open_stream` returned
@@ -257,11 +225,13 @@ def make_stream(
     if loader.note and accelerator.is_main_process: print(loader.note, file=sys.stderr)
     return loader
 
+# %% ../nbs/15_train.ipynb #03ef923a
 def count_rows(
     options:SimpleNamespace, # Options of `train`
     pairs:Dataset|list[Source], # Training pairs, or the sources of a stream
 ) -> int|None: # Rows of one pass; None where nobody needs to know
     "The length of a pass, which must hold a batch at least. Every process has to call it."
+    if options.batch_size % (world := processes()[1]): raise ValueError(f"batch_size {options.batch_size} is not divisible by the {world} processes; choose another --batch_size")
     if not options.stream: rows = len(pairs)
     elif options.pairs or options.steps: rows = options.pairs
     else: rows = gather_objects(count_pairs(pairs, options.quiet) if processes()[0] == 0 else None)[0]
@@ -280,14 +250,14 @@ def deliver(
         if state := batch.pop('state', None): progress.lanes[state['lane']] = state
         yield send_to_device(batch, device, non_blocking=True)
 
-# %% ../nbs/15_train.ipynb #d654fba4
+# %% ../nbs/15_train.ipynb #4e9bda16
 def new_model(
     options:SimpleNamespace, # Options of `train`
-    captions:list[str], # Captions to learn pieces from
+    captions, # Function () that returns captions to learn pieces from; called only where they are needed
 ) -> tuple[FLIP,CaptionTokenizer]: # Fresh weights, and the tokenizer
     "A model and a vocabulary to start with."
     if not options.vocab:
-        tokenizer = CaptionTokenizer.train(captions, options.vocab_size)
+        tokenizer = CaptionTokenizer.train(captions(), options.vocab_size)
         return FLIP.from_preset(options.preset, vocab_size=tokenizer.vocab_size), tokenizer
     tokenizer = load_tokenizer(options.vocab)
     return FLIP.from_preset(options.preset, vocab_size=max(preset_config(options.preset).vocab_size, tokenizer.vocab_size)), tokenizer
@@ -320,14 +290,13 @@ def open_run(
     flip.tokenizer = tokenizer                                                  # saved with the weights
     return flip, tokenizer, pairs, partial(evaluate, tokenizer=tokenizer)
 
-# %% ../nbs/15_train.ipynb #97e752bd
+# %% ../nbs/15_train.ipynb #b423c75c
 def fill_in_steps(
     options:SimpleNamespace, # Options of `train`; what was left open is filled in
     rows:int|None, # Training pairs; None only where the steps are given
 ) -> list[Stage]: # What to do
     "Turn epochs into steps, and defaults into numbers."
     o,recipe = options,get_recipe(options.recipe) if options.recipe else None
-    if o.steps is not None and o.epochs is not None: raise ValueError(f"give either steps or epochs, not both (got {o.steps} and {o.epochs})")
     if o.epochs is None and o.steps is None:
         if recipe: o.steps = virtual_steps(recipe['virtual_epochs'], o.batch_size)
         elif o.data == 'scenes': o.steps = 3000
@@ -359,26 +328,26 @@ def start_run(
     accelerator.wait_for_everyone()
     return folder
 
-# %% ../nbs/15_train.ipynb #14d9c746
+# %% ../nbs/15_train.ipynb #63a2973b
 FREE = ('resume', 'out', 'workers', 'threads', 'quiet', 'save_every', 'keep', 'on_save_error', 'eval_every', 'track', 'timeout', 'micro_batch', 'loss_chunk', 'grad_checkpointing', 'compile', 'max_bad_steps', 'max_broken')
 
 def resume_options(
     given:dict, # Every option of `train`
-    defaults:dict, # What they are where nothing is said
+    said:set[str], # Names of those that somebody gave
 ) -> SimpleNamespace|None: # The options of the run in the folder; None where there is none yet
     "Look up what a run was started with."
     path = Path(given['resume'])/'train_config.json'
     if not path.exists(): return None
     try: stored = json.loads(path.read_text())
     except ValueError as e: raise ValueError(f"{str(path)!r} is not JSON, so the run cannot go on: {e}") from e
-    for name,value in given.items():
-        if value == defaults[name]: continue
-        if name in FREE: stored[name] = value
-        elif stored.get(name) != value: raise ValueError(f"the run in {str(path.parent)!r} was started with {name} {stored.get(name)!r}, not {value!r}; leave --{name} away, or start another run")
-    o = SimpleNamespace(**defaults | stored | dict(out=str(path.parent), resume=given['resume']))
+    for name in said - {'mixed_precision'} if given['mixed_precision'] == 'auto' else said:      # 'auto' has been settled by then
+        if name in FREE: stored[name] = given[name]
+        elif stored.get(name) != given[name]: raise ValueError(f"the run in {str(path.parent)!r} was started with {name} {stored.get(name)!r}, not {given[name]!r}; leave --{name} away, or start another run")
+    o = SimpleNamespace(**given | stored | dict(out=str(path.parent), resume=given['resume']))
     check_options(o)
     return o
 
+# %% ../nbs/15_train.ipynb #27be630a
 def open_checkpoint(
     accelerator:Accelerator, # Where the run runs
     folder:str|None, # Run folder to go on with; None for a new run
@@ -396,7 +365,7 @@ def open_checkpoint(
     saved['training']['model'] = load_file(path/'model.safetensors')
     return path, saved
 
-# %% ../nbs/15_train.ipynb #d281e4da
+# %% ../nbs/15_train.ipynb #1ff8be27
 def plot_run(
     folder:str|Path, # Run folder
 ): # Matplotlib figure
@@ -408,13 +377,12 @@ def plot_run(
     for k,name in enumerate(dict.fromkeys(line['stage'] for line in lines)):
         part = [line for line in lines if line['stage'] == name]
         x = [done + line['step'] for line in part]
-        axs[0].plot(x, [line['loss'] or float('nan') for line in part], color=f'C{k}', label=name)
+        axs[0].plot(x, [line['loss'] for line in part], color=f'C{k}', label=name)
         axs[1].plot(x, [1/line['logit_scale'] for line in part], color=f'C{k}', label=name)
         done = x[-1]
     axs[0].set(xlabel='step', ylabel='InfoNCE loss'); axs[1].set(xlabel='step', ylabel='temperature'); axs[0].legend(frameon=False)
     return fig
 
-# %% ../nbs/15_train.ipynb #8a053f52
 def card_metrics(
     results:dict, # Evaluation of a model
 ) -> dict[str,float]: # Name of each score, chance included, to its value in [0, 1]
@@ -424,7 +392,7 @@ def card_metrics(
     for way,scores in (results.get('retrieval') or {}).items(): out |= {f"{way} {k} (chance {chance['retrieval'][way][k]:.2%})": v for k,v in scores.items()}
     return out
 
-# %% ../nbs/15_train.ipynb #12da654c
+# %% ../nbs/15_train.ipynb #8799d601
 def finish_run(
     accelerator:Accelerator, # Where the run ran
     flip:FLIP, # The trained model, not wrapped
@@ -463,7 +431,7 @@ def describe_run(
     parts = [f"{s.steps:,} steps at {s.mask_ratio:.0%} dropped, peak lr {s.lr:.3g}, warm-up {s.warmup_steps:,}" for s in stages]
     return f"{model} on {Path(options.data).name}, {options.batch_size:,} pairs per step on {processes} process{'es' if processes > 1 else ''}: " + '; then '.join(parts)
 
-# %% ../nbs/15_train.ipynb #26da3dd9
+# %% ../nbs/15_train.ipynb #b31621f8
 def append_line(
     path:Path, # File of JSON lines
     line:dict, # What to add
@@ -478,22 +446,13 @@ def mean_score(
     if results['zero_shot'] is not None: return results['zero_shot']
     return sum(scores['R@1'] for scores in results['retrieval'].values())/2
 
-def mark_best(
-    folder:Path, # Run folder
-    done:int, # Steps done, over all stages
-    score:float, # What it reached
-):
-    "Keep the checkpoint of this step until a better one comes."
-    checkpoint = folder/'checkpoints'/f'step-{done:08}'
-    if checkpoint.exists(): write_json(checkpoint/'best.json', dict(step=done, score=score))
-
 def memory_gb(
     device:torch.device, # Where the run runs
 ) -> float: # Peak of the GPU's memory, or this process's memory at the moment
     "Memory in use."
     return (torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else psutil.Process().memory_info().rss)/2**30
 
-# %% ../nbs/15_train.ipynb #1620d826
+# %% ../nbs/15_train.ipynb #6332f532
 def publish(
     checkpoint:Path, # Checkpoint
     folder:Path, # Run folder
@@ -515,7 +474,7 @@ def prepare_towers(
     if options.compile: compile_towers(flip)
     return flip
 
-# %% ../nbs/15_train.ipynb #067509f3
+# %% ../nbs/15_train.ipynb #89f2b189
 class Training:
     "A run in the making."
     def __init__(self,
@@ -531,8 +490,8 @@ class Training:
         self.folder,self.rank,self.saved = Path(options.out),accelerator.process_index,saved
         self.progress = Progress.from_state(saved['progress']) if saved else Progress()
         self.cut_files()
-        self.skipped = SkippedRows(self.folder/f'skipped-{self.rank}.jsonl', options.max_broken, first_rows, self.progress.done*options.batch_size)
-        self.shadow = Shadow(flip.to(accelerator.device), dist.new_group(backend='gloo') if accelerator.num_processes > 1 else None)
+        self.skipped = SkippedRows(self.folder/f'skipped-{self.rank}.jsonl', options.max_broken, first_rows, self.progress.done*options.batch_size//accelerator.num_processes)
+        self.shadow,self.looked_at = Shadow(flip.to(accelerator.device), dist.new_group(backend='gloo') if accelerator.num_processes > 1 else None),None
         self.model,self.optimizer,self.schedule,self.last_saved = prepare_model(accelerator, prepare_towers(flip, options)),None,None,self.progress.done if saved else None
         accelerator.project_configuration.logging_dir = str(self.folder)
         accelerator.init_trackers('flip_nb', {k: v for k,v in vars(options).items() if isinstance(v, (int, float, str))})
@@ -558,42 +517,56 @@ def make_optimizer(self:Training,
     if self.accelerator.scaler: self.accelerator.scaler.load_state_dict(saved['scaler'])
     if len(saved['random']) == self.accelerator.num_processes: set_random_state(saved['random'][self.rank])
 
-# %% ../nbs/15_train.ipynb #3251936c
+# %% ../nbs/15_train.ipynb #da4f2ee9
+def own_lanes(
+    known:list[dict], # What every process knows: number of a lane to its state
+    workers:int, # Workers of every process; 0 reads in the process itself
+) -> dict[int,dict]: # Lane to its state, each from the process that reads it
+    "Put together where a stream stands."
+    return {lane: state for rank,lanes in enumerate(known) for lane,state in lanes.items() if lane//max(1, workers) == rank}
+
 @patch
 def state(self:Training) -> dict: # What a checkpoint holds besides the weights
     "Gather it; every process has to call it."
     pending = self.looked_at if self.shadow.running() else None                 # asked before the size of its file
     self.progress.files = {p.name: p.stat().st_size for p in self.folder.glob('*.jsonl')}
     own = gather_objects(dict(random=random_state(), lanes=self.progress.lanes))
-    lanes,training = {k: v for o in own for k,v in o['lanes'].items()},training_state(self.model, self.optimizer)
+    lanes,training = own_lanes([o['lanes'] for o in own], self.options.workers),training_state(self.model, self.optimizer)
     training.pop('model', None)                                                 # the weights have a file of their own
     return dict(progress=self.progress.state() | dict(lanes=lanes), training=training, schedule=self.schedule.state_dict(),
                 random=[o['random'] for o in own], pending=pending, scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None)
 
+# %% ../nbs/15_train.ipynb #8b0ef189
 @patch
-def save(self:Training):
+def save(self:Training,
+    must:bool=False, # Whether there will be no other chance
+    leave:bool=False, # Whether the run stops after it; then an evaluation is not waited for
+):
     "Write a checkpoint, if there is none of this step; every process has to call it."
     if self.last_saved == self.progress.done: return
     state,fault = self.state(),None
+    spare = [state['pending']['done']] if state['pending'] else []              # it may still turn out to be the best
+    if leave: self.shadow.cancel()
     flip = self.shadow.update(self.flip) if any(hasattr(p, 'full_tensor') for p in self.flip.parameters()) else self.flip
-    if not all(p.isfinite().all() for p in flip.parameters()): raise TrainingDiverged(f"a weight is no longer finite at step {self.progress.done}; {self.kept()}. Try a lower --lr or --grad_clip 1")
+    if not torch.stack([p.isfinite().all() for p in flip.parameters()]).all(): raise TrainingDiverged(f"a weight is no longer finite at step {self.progress.done}; {self.kept()}")
     def fill(folder):
         flip.save_pretrained(folder)
         save_state(folder/'state.pt', state)
     try:
-        if self.accelerator.is_main_process: publish(save_checkpoint(self.folder, self.progress.done, fill, self.options.keep), self.folder)
-    except OSError as e: fault = ValueError(f"the checkpoint of step {self.progress.done} could not be written ({e.strerror or e}); {self.kept()}. Make room, then go on with --resume {self.folder}")
-    if self.options.on_save_error == 'stop': gather_objects(fault)               # raised on every process
-    elif fault: print(f"{fault}. Training goes on", file=sys.stderr)
-    self.last_saved = self.progress.done
+        if self.accelerator.is_main_process: publish(save_checkpoint(self.folder, self.progress.done, fill, self.options.keep, spare=spare), self.folder)
+    except OSError as e: fault = f"the checkpoint of step {self.progress.done} could not be written ({e.strerror or e}). Make room"
+    if must or self.options.on_save_error == 'stop': gather_objects(ValueError(f"{fault}, then go on with --resume {self.folder}") if fault else None)      # raised on every process
+    elif fault: print(f"{fault}: training goes on, and tries again at the next checkpoint", file=sys.stderr)
+    if not any(gather_objects(bool(fault))): self.last_saved = self.progress.done
 
 @patch
 def kept(self:Training) -> str: # Part of a sentence
-    "Where the last good weights are."
+    "Where the last finite weights are, and what to do after a divergence."
     path,_ = latest_checkpoint(self.folder)
-    return f"the last good weights are in {path}" if path else "no weights had been saved yet"
+    again = 'start another run with a lower --lr, a longer --warmup_steps, --grad_clip 1 or --mixed_precision no'
+    return f"the last finite weights are in {path}; {again} (with --init {path} it begins from these weights)" if path else f"no weights had been saved yet; {again}"
 
-# %% ../nbs/15_train.ipynb #388698f3
+# %% ../nbs/15_train.ipynb #9da6cbfb
 @patch
 def about(self:Training,
     stage:Stage, # Which goes on
@@ -616,6 +589,7 @@ def tell(self:Training,
         if line['score'] >= max(before, default=0.): mark_best(self.folder, line['done'], line['score'])
     return tell
 
+# %% ../nbs/15_train.ipynb #2b4150a5
 @patch
 def evaluate_beside(self:Training,
     about:dict, # Which weights the copy has
@@ -631,15 +605,16 @@ def repeat_evaluations(self:Training,
 ):
     "Evaluate again what a kill may have left unfinished."
     pending = saved['pending']
-    checkpoint = self.folder/'checkpoints'/f"step-{pending['done']:08}" if pending else self.folder/'nothing'
-    if checkpoint.exists():
+    checkpoint = self.folder/'checkpoints'/f"step-{pending['done'] if pending else 0:08}"
+    if pending and not checkpoint.exists() and self.accelerator.is_main_process: print(f"the evaluation of step {pending['done']} was cut off, and its checkpoint is gone: it is missing in evaluations.jsonl", file=sys.stderr)
+    if pending and checkpoint.exists():
         self.shadow.flip.load_state_dict(load_file(checkpoint/'model.safetensors'))
         self.evaluate_beside(pending)
-    if self.due(self.options.eval_every, stage):
+    if self.due(self.options.eval_every, stage) and not (pending and pending['done'] == self.progress.done):
         self.shadow.update(self.flip)
         self.evaluate_beside(self.about(stage))
 
-# %% ../nbs/15_train.ipynb #a1318bde
+# %% ../nbs/15_train.ipynb #9d63c34a
 @patch
 def due(self:Training,
     every:int, # Steps between two times, 0 for never
@@ -647,7 +622,7 @@ def due(self:Training,
 ) -> bool: # Whether this is the first log line since then
     "Whether something happens that happens now and then."
     step,log_every = self.progress.step,self.options.log_every
-    return bool(every) and step % log_every == 0 and step % every < log_every and 0 < step < stage.steps
+    return bool(every) and step % log_every == 0 and step % every < log_every and 0 < step < stage.steps and not self.progress.in_a_row
 
 @patch
 def log_line(self:Training,
@@ -664,6 +639,7 @@ def log_line(self:Training,
     p.waited = p.worked = 0.
     return line
 
+# %% ../nbs/15_train.ipynb #1b6d88d4
 @patch
 def note(self:Training,
     stage:Stage, # Which goes on
@@ -676,20 +652,19 @@ def note(self:Training,
     losses,norms = (torch.stack([x.to(self.accelerator.device) for x in xs]) for xs in (progress.losses, progress.norms))      # those of a checkpoint come from the CPU
     losses,norms = self.accelerator.reduce(losses, 'mean').cpu(),norms.cpu()
     progress.losses,progress.norms = [],[]
-    if count_bad_steps(progress, norms, self.options.max_bad_steps):
-        raise TrainingDiverged(f"the gradients of {progress.in_a_row} steps in a row were not finite, up to step {progress.step} of the {stage.name} stage; {self.kept()}. "
-                               f"{diagnose(self.flip, batch, parts, norms[-1])}. Try a lower --lr, a longer --warmup_steps, --grad_clip 1 or --mixed_precision no")
+    if (bad := count_bad_steps(progress, norms)) >= self.options.max_bad_steps:
+        with self.accelerator.autocast(): says = diagnose(self.flip, batch, parts, norms[-1])
+        raise TrainingDiverged(f"the gradients of {bad} steps in a row were not finite, up to step {progress.step} of the {stage.name} stage; {self.kept()}. {says}")
     line = self.log_line(stage, lr, losses, norms)
     self.accelerator.log({k: v for k,v in line.items() if isinstance(v, (int, float)) and k != 'step'}, step=progress.done)
     if self.accelerator.is_main_process: append_line(self.folder/'metrics.jsonl', line)
-    evaluating = self.due(self.options.eval_every, stage)
-    if evaluating or self.due(self.options.save_every, stage) or progress.step == stage.steps: self.save()
-    if evaluating:
-        self.shadow.update(self.flip)
-        self.evaluate_beside(self.about(stage))
-    return f"loss {line['loss'] or float('nan'):.3f}, {line['pairs_per_second']:,.0f} pairs/s, temperature {1/line['logit_scale']:.3f}"
+    evaluating,last = self.due(self.options.eval_every, stage),progress.step == stage.steps
+    if not progress.stopping:                                                   # else the loop saves at once, and `repeat_evaluations` will do the rest
+        if evaluating or last or self.due(self.options.save_every, stage): self.save(must=last and stage is self.stages[-1])
+        if evaluating: self.shadow.update(self.flip); self.evaluate_beside(self.about(stage))
+    return f"loss {float('nan') if line['loss'] is None else line['loss']:.3f}, {line['pairs_per_second']:,.0f} pairs/s, temperature {1/line['logit_scale']:.3f}"
 
-# %% ../nbs/15_train.ipynb #41821195
+# %% ../nbs/15_train.ipynb #af9977dc
 @patch
 def train_stage(self:Training,
     stage:Stage, # What to do
@@ -700,31 +675,39 @@ def train_stage(self:Training,
     saved,self.saved = self.saved,None
     self.make_optimizer(stage, saved)
     if saved: self.repeat_evaluations(stage, saved)
-    run_stage(self.accelerator, self.model, self.optimizer, self.schedule, batches, stage, self.progress, self.options, self.note, stop=stop, save=self.save)
+    del saved                                                                   # as large as the model and its optimiser
+    run_stage(self.accelerator, self.model, self.optimizer, self.schedule, batches, stage, self.progress, self.options, self.note, stop=stop, save=partial(self.save, must=True, leave=True))
     flip,start = self.shadow.update(self.flip),time.perf_counter()
     results = self.evaluate(flip)                                                # on every process, each its share
     self.tell(self.about(stage))(results, time.perf_counter() - start)
     self.progress.finished.append(dict(seconds=self.progress.seconds, results=results))
     self.progress.stage,self.progress.step,self.progress.seconds = self.progress.stage + 1,0,0.
 
+# %% ../nbs/15_train.ipynb #c068c3f8
 @patch
 def run(self:Training,
     loader:DataLoader, # Batches of this process, from the next step on
 ) -> dict: # What is in results.json
     "All stages that are still to do."
-    with StopRequest() as stop:
-        batches = deliver(loader, self.accelerator.device, self.progress, self.skipped)
-        for stage in self.stages[self.progress.stage:]: self.train_stage(stage, batches, stop)
-    self.shadow.close(); self.accelerator.end_training()
-    kinds = sum((Counter(k) for k in gather_objects(dict(self.skipped.kinds))), Counter())
+    try:
+        with StopRequest() as stop:
+            batches = deliver(loader, self.accelerator.device, self.progress, self.skipped)
+            for stage in self.stages[self.progress.stage:]: self.train_stage(stage, batches, stop)
+        self.shadow.wait()
+        kinds = sum((Counter(k) for k in gather_objects(dict(self.skipped.kinds))), Counter())
+    except Interrupted as e: raise Interrupted(f"{e}; saved, go on with --resume {self.folder}") from None
+    finally:
+        self.shadow.cancel()                                                    # a stop does not wait for a long evaluation
+        self.accelerator.end_training()
     return finish_run(self.accelerator, self.shadow.flip, self.options, self.stages, self.progress, dict(kinds), time.perf_counter() - self.start)
 
-# %% ../nbs/15_train.ipynb #02293459
+# %% ../nbs/15_train.ipynb #c5883700
 def run(
     options:SimpleNamespace, # Options of `train`, resolved
 ) -> dict: # What is in results.json
     "Train stage by stage and evaluate after each."
     accelerator = make_accelerator(options.mixed_precision, options.threads, choose_trackers(options.track), options.timeout)
+    options.mixed_precision = accelerator.mixed_precision                       # a run that goes on elsewhere keeps it
     set_seed(options.seed)
     going_on = bool(options.resume)
     checkpoint,saved = open_checkpoint(accelerator, options.out if going_on else None, options.quiet)
@@ -734,10 +717,13 @@ def run(
     if not going_on: start_run(accelerator, options, tokenizer)
     if accelerator.is_main_process and not options.quiet: print(describe_run(options, stages, accelerator.num_processes))
     training = Training(accelerator, options, flip, evaluate, stages, min(10_000, rows or 10_000), saved)
-    del saved                                                                   # as large as the model and its optimiser
+    del saved
+    if checkpoint and accelerator.is_main_process: publish(checkpoint, training.folder)      # a kill may have come just before
     collate = Collate(tokenizer, flip.config.padding_mask and not options.text_mask_ratio)
     noise,steps = noise_sizes(flip, options.text_mask_ratio),range(training.progress.done, sum(s.steps for s in stages))
-    loader = make_stream(accelerator, pairs, flip.config.image_size, collate, options, noise, training.progress.lanes) if options.stream else make_loader(accelerator, pairs, collate, options, noise, steps)
+    lanes = dict(training.progress.lanes)
+    loader = make_stream(accelerator, pairs, flip.config.image_size, collate, options, noise, lanes) if options.stream else make_loader(accelerator, pairs, collate, options, noise, steps)
+    if options.stream and loader.note: training.progress.lanes.clear()          # a new pass: the old places mean nothing any more
     set_seed(options.seed + 1 + accelerator.process_index)
     try: return training.run(loader)
     except RuntimeError as e:
@@ -745,7 +731,26 @@ def run(
         says = re.sub(r'^\[.*?\] ?', '', str(e).splitlines()[0])
         raise ValueError(f"process {accelerator.process_index} lost another one, which ended or did not answer for {options.timeout} seconds ({says}); go on with --resume {options.out}") from e
 
-# %% ../nbs/15_train.ipynb #c52afde0
+# %% ../nbs/15_train.ipynb #b219c83a
+def begin(
+    given:dict, # Every option of `train`
+    said:set[str]|None=None, # Names of those that somebody gave; None: of those that differ from the default
+) -> dict: # What is in results.json
+    "Start a run, or go on with one; a finished one is only read."
+    resume,out = given['resume'],given['out']
+    if said is None: said = {k for k,v in train_defaults().items() if given[k] != v}
+    if resume is None: return run(resolve_options(given))
+    if out not in (None, resume): raise ValueError(f"--resume {resume} goes on in its own folder: leave --out {out} away")
+    options = resume_options(given, said)
+    if not (done := Path(resume)/'results.json').exists(): return run(options or resolve_options(given | dict(out=resume, resume=None)))
+    if not given['quiet'] and os.environ.get('RANK', '0') == '0': print(f"the run in {resume} is finished; its results are in {done}")
+    return json.loads(done.read_text())
+
+def train_defaults() -> dict: # Option of `train` to its default
+    "What the options are where nothing is said."
+    return {k: p.default for k,p in inspect.signature(train).parameters.items()}
+
+# %% ../nbs/15_train.ipynb #fc943383
 def train(
     data:str='scenes', # 'scenes' (made on the fly), a folder or glob of parquet, WebDataset shards or pictures, or a hub name
     recipe:str=None, # Settings of an official model, by a name of the table below; every option that you give wins over it
@@ -781,10 +786,10 @@ def train(
     mixed_precision:str='auto', # no, bf16, fp16, or auto: bf16 where the hardware is made for it
     threads:int=0, # CPU threads per process; 0 shares the cores
     log_every:int=20, # Steps between log lines
-    save_every:int=500, # Steps between checkpoints; 0 only at the end of a stage
+    save_every:int=500, # Steps between checkpoints, each at the next log line; 0 only at the end of a stage
     keep:int=2, # Newest checkpoints to keep, besides the best
-    on_save_error:str='go_on', # When a checkpoint cannot be written (disk full): go_on or stop
-    eval_every:int=0, # Steps between evaluations beside training; 0 only before and after tuning
+    on_save_error:str='go_on', # When a checkpoint cannot be written (disk full): stop, or go_on and try again at the next one; the last one of a run has to be written
+    eval_every:int=0, # Steps between evaluations beside training, each at the next log line; 0 only before and after tuning
     eval_size:int=2000, # Scenes of each kind in an evaluation
     max_bad_steps:int=10, # Steps in a row without finite gradients after which the run stops; fewer are skipped
     max_broken:float=0.1, # Largest share of the first 10,000 rows that may be broken
@@ -796,22 +801,19 @@ def train(
     quiet:bool=False, # No progress bar and no table
 ) -> dict: # What is in results.json
     "Train FLIP: masked first, then a short unmasked tuning; evaluate before and after."
-    given = locals()
-    if resume is None: return run(resolve_options(given))
-    if out not in (None, resume): raise ValueError(f"--resume {resume} goes on in its own folder: leave --out {out} away")
-    if (done := Path(resume)/'results.json').exists(): return json.loads(done.read_text())
-    return run(resume_options(given, {k: p.default for k,p in inspect.signature(train).parameters.items()}) or resolve_options(given | dict(out=resume, resume=None)))
+    return begin(locals())
 
-# %% ../nbs/15_train.ipynb #1b0c7dea
+# %% ../nbs/15_train.ipynb #4882a859
 def main():
     "Train FLIP from the command line."
     parser = anno_parser(train)
     parser.formatter_class,parser.epilog = argparse.RawDescriptionHelpFormatter,'recipes, as they are without other options:\n\n' + recipe_table()
-    options = vars(parser.parse_args())
-    try: train(**{k: options[k] for k in inspect.signature(train).parameters})
+    for action in parser._actions: action.default = argparse.SUPPRESS           # what is not typed is not there
+    typed = {k: v for k,v in vars(parser.parse_args()).items() if k in train_defaults()}
+    try: begin(train_defaults() | typed, set(typed))
     except ValueError as e: raise SystemExit(f'flip_nb.train: {e}')
     except Interrupted as e:
-        print(f"flip_nb.train: {e}; saved, go on with --resume and the run folder", file=sys.stderr)
+        print(f'flip_nb.train: {e}', file=sys.stderr)
         sys.exit(EXIT_RESUMABLE)
 
 if __name__ == '__main__' and '__file__' in globals(): main()                   # as a command, but not on this page

@@ -10,7 +10,7 @@ import difflib
 import torch
 from torch import nn, Tensor
 from .masking import patchify, random_mask, take_tokens
-from .transformer import Transformer, init_linear, sincos_2d
+from .transformer import Linear, Transformer, init_linear, sincos_2d
 
 # %% ../nbs/03_vision.ipynb #a079412d
 def pool_tokens(
@@ -54,7 +54,7 @@ class ImageEncoder(nn.Module):
         if pos not in ('sincos', 'learned'): raise ValueError(f"pos must be 'sincos' or 'learned', got {pos!r}")
         self.image_size,self.patch_size,self.embed_dim,self.pool = image_size,patch_size,embed_dim,pool
         grid = image_size//patch_size
-        self.patch_embed = nn.Linear(3*patch_size**2, embed_dim)
+        self.patch_embed = Linear(3*patch_size**2, embed_dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim)*0.02)
         if pos == 'sincos': self.register_buffer('pos_embed', sincos_2d((grid, grid), embed_dim)[None], persistent=False)
         else: self.pos_embed = nn.Parameter(torch.randn(1, grid**2, embed_dim)*0.02)

@@ -48,7 +48,7 @@ def measure_speed(options, rounds=15):
     accelerator = make_accelerator('auto', options.threads)
     config = preset_config(options.preset)
     pairs,captions,_ = open_data(options, config.image_size)
-    tokenizer = CaptionTokenizer.train(captions, options.vocab_size)
+    tokenizer = CaptionTokenizer.train(captions(), options.vocab_size)
     model = FLIP.from_preset(options.preset, vocab_size=tokenizer.vocab_size)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-4, fused=True)
     batches = iter(make_loader(accelerator, pairs, Collate(tokenizer), options, noise_sizes(model, 0.), range(10**6)))
