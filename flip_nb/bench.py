@@ -6,7 +6,7 @@
 __all__ = ['FLICKR8K_LENGTHS', 'IMPORTS', 'BENCHES', 'count_parameters', 'step_flops', 'timed', 'alternate', 'ratio',
            'peak_memory', 'our_step', 'open_clip_model', 'open_clip_step', 'made_batch', 'machine', 'matmul',
            'bench_step', 'step_table', 'keep', 'draw_step', 'photo_files', 'transforms', 'bench_data', 'bar_table',
-           'draw_bars', 'bench_loss', 'bench_eval', 'bench_import', 'main']
+           'draw_bars', 'bench_loss', 'bench_eval', 'largest_batch', 'bench_memory', 'bench_import', 'main']
 
 # %% ../nbs/28_bench.ipynb #db996aaa
 import ctypes, gc, inspect, io, json, math, os, platform, subprocess, sys, time
@@ -416,6 +416,48 @@ def bench_eval(
     if out: keep(result, out, partial(draw_bars, key='per_second'))
     return result
 
+# %% ../nbs/28_bench.ipynb #08151422
+def largest_batch(
+    memory, # Function (batch_size) that returns the GB of a step
+    gb:float, # How many there are
+    first:int=8, # Batch size to begin with
+) -> tuple[int,float]: # Largest batch that fits, to a sixteenth, and what it needs
+    "Double until it does not fit, then halve the distance."
+    fits,needs = 0,0.
+    while (m := memory(first)) <= gb: fits,needs,first = first,m,2*first
+    if not fits: raise ValueError(f"a step of {first} pairs needs {m:.2f} GB, more than the {gb} GB given")
+    top = first
+    while top - fits > max(1, fits//16):
+        middle = (fits + top)//2
+        if (m := memory(middle)) <= gb: fits,needs = middle,m
+        else: top = middle
+    return fits, needs
+
+def bench_memory(
+    preset:str='small', # Sizes of the model
+    gb:float=1., # Memory for a step, on top of weights and optimiser
+    mask_ratios:str='0,0.5,0.75', # Fractions of patches to drop
+    precision:str='no', # no (float32), bf16 or fp16
+    out:str=None, # JSON file for the result, and a figure beside it
+    quiet:bool=False, # No table
+) -> dict: # Largest batches
+    "The largest batch in a fixed memory at each mask ratio."
+    config,accelerator = preset_config(preset),make_accelerator(precision)
+    flip,info,rows = FLIP(config).to(accelerator.device),machine(accelerator.device),[]
+    def memory(mask_ratio, batch_size):
+        batch = {k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k,v in made_batch(config, batch_size).items()}
+        step = our_step(accelerator, flip, batch, [mask_ratio])[mask_ratio]
+        step()                                                                  # the optimiser takes its memory in the first
+        return peak_memory(step, accelerator.device)
+    if memory(0., 8) is None: raise ValueError("this system does not tell how much memory a process needs; run on Linux or on a GPU")
+    for r in map(float, mask_ratios.split(',')):
+        fits,needs = largest_batch(partial(memory, r), gb)
+        rows.append(dict(name=f'{r:.0%} dropped', mask_ratio=r, pairs=fits, memory_gb=needs))
+    result = dict(bench='memory', preset=preset, gb=gb, precision=accelerator.mixed_precision, machine=info, rows=rows)
+    if not quiet: print(bar_table(result, 'pairs', f"{preset}: pairs of the largest step within {gb} GB"))
+    if out: keep(result, out, partial(draw_bars, key='pairs'))
+    return result
+
 # %% ../nbs/28_bench.ipynb #c6c3033c
 IMPORTS = {'import torch': ['-c', 'import torch'], 'import flip_nb': ['-c', 'import flip_nb'], 'import flip_nb.model': ['-c', 'import flip_nb.model'],
            'import flip_nb.train': ['-c', 'import flip_nb.train'], 'flip_nb.train --help': ['-m', 'flip_nb.train', '--help'], 'flip_nb.evaluate --help': ['-m', 'flip_nb.evaluate', '--help']}
@@ -435,7 +477,7 @@ def bench_import(
     return result
 
 # %% ../nbs/28_bench.ipynb #44cfb91a
-BENCHES = {'step': bench_step, 'loss': bench_loss, 'data': bench_data, 'eval': bench_eval, 'import': bench_import}
+BENCHES = {'step': bench_step, 'loss': bench_loss, 'data': bench_data, 'eval': bench_eval, 'memory': bench_memory, 'import': bench_import}
 
 def main():
     "Measure from the command line."

@@ -439,13 +439,12 @@ def next_pair(
     for _ in range(GIVE_UP):
         epoch,key,record,found = next(reader)
         notes += found
+        try: captions,image = read_captions(record, reader.source), read_picture(record, reader.source, getattr(transform, 'smallest', 0))
+        except BadRecord as e: notes.append((key, e.kind, str(e))); continue
         luck.manual_seed(pair_seed(seed, epoch, key))
         for x in noise: torch.rand(len(x), out=x)
-        try:
-            captions = read_captions(record, reader.source)
-            image = transform(read_picture(record, reader.source, getattr(transform, 'smallest', 0)))
-        except BadRecord as e: notes.append((key, e.kind, str(e)))
-        else: return key, (image, captions[int(torch.randint(len(captions), ()))], [])
+        image = transform(image)
+        return key, (image, captions[int(torch.randint(len(captions), ()))], [])
     raise ValueError(f"none of {GIVE_UP:,} records in a row could be used; the last, {notes[-1][0]!r}: {notes[-1][1]}, {notes[-1][2]}")
 
 # %% ../nbs/09_stream.ipynb #d825acd3

@@ -169,7 +169,7 @@ def wants_groups(
     ids:Tensor, # Ids (B, L)
 ) -> bool: # Whether `length_groups` saves work
     "Many captions, on a CPU, in code that is not compiled."
-    return ids.device.type == 'cpu' and len(ids) >= 32 and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and ids.device.type == 'cpu' and len(ids) >= 32
 
 def length_groups(
     ids:Tensor, # Ids (B, L), 0 is padding

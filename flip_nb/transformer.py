@@ -58,8 +58,9 @@ def wants_onednn(
     weight:Tensor, # Its matrix
 ) -> bool: # Whether `onednn` computes the same, and faster
     "float32 on a CPU, not compiled, and the library is there."
+    if torch.compiler.is_compiling(): return False                              # first: the rest cannot be compiled
     return (x.device.type == weight.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 and x.ndim > 1 and x.numel() > 0 and torch.backends.mkldnn.enabled
-            and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling())
+            and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled('cpu'))
 
 def fast_linear(
     x:Tensor, # Rows (..., K)
