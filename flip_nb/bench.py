@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
 from types import SimpleNamespace
-import numpy as np
 import torch
 from fastcore.script import anno_parser
 from PIL import Image
@@ -23,7 +22,7 @@ from torch import nn, Tensor
 from torchvision.transforms import v2
 from tqdm import tqdm
 from .core import nearest
-from .data import decode_image, load_image, to_float, train_transform
+from .data import decode_image, like_a_photo, load_image, to_float, train_transform
 from .loss import info_nce, normalize
 from .masking import encoder_flops, num_kept
 from .model import FLIP, FLIPConfig, preset_config
@@ -297,13 +296,9 @@ def photo_files(
     quality:int=90, # Of JPEG, to 95
 ) -> list[bytes]: # JPEG files
     "Random pictures as hard to decode as photographs."
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None]*height, np.fft.rfftfreq(width)*width)
     def one(seed):
-        rng,out = np.random.default_rng(seed),io.BytesIO()
-        waves = lambda: np.fft.irfft2(np.exp(2j*np.pi*rng.random(frequency.shape))/np.maximum(frequency, 1)**1.1, s=(height, width))
-        light = waves()
-        x = np.stack([light + .25*waves() for _ in range(3)], -1)
-        Image.fromarray((127.5 + 55*x/x.std()).clip(0, 255).astype(np.uint8)).save(out, 'JPEG', quality=quality)
+        out = io.BytesIO()
+        like_a_photo(width, height, seed).save(out, 'JPEG', quality=quality)
         return out.getvalue()
     return [one(seed) for seed in range(count)]
 

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['TURNS', 'FAULTS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'SPLITS', 'PICTURES', 'IMAGE_NAMES', 'CAPTION_NAMES',
            'wide_to_grey', 'upright_turn', 'to_rgb', 'reduced_size', 'decode_image', 'picture_fault', 'CutFirst',
-           'train_transform', 'centre_square', 'eval_transform', 'load_image', 'colour_constants', 'to_float',
-           'as_captions', 'Pairs', 'AllRows', 'split_of', 'find_files', 'load_rows', 'find_column', 'pair_columns',
-           'hold_out', 'load_pairs', 'corpus', 'leave_signals', 'Collate', 'pair_seed', 'own_luck', 'Batches']
+           'train_transform', 'centre_square', 'eval_transform', 'load_image', 'like_a_photo', 'colour_constants',
+           'to_float', 'as_captions', 'Pairs', 'AllRows', 'split_of', 'find_files', 'load_rows', 'find_column',
+           'pair_columns', 'hold_out', 'load_pairs', 'corpus', 'leave_signals', 'Collate', 'pair_seed', 'own_luck',
+           'Batches']
 
 # %% ../nbs/08_data.ipynb #86e19e82
 import glob, hashlib, math, os, re, signal
@@ -152,6 +153,20 @@ def load_image(
 ) -> Tensor: # uint8 (3, H, W)
     "Decode no more pixels than the transform needs, then transform."
     return transform(decode_image(image, getattr(transform, 'smallest', 0)))
+
+# %% ../nbs/08_data.ipynb #78dabdd0
+def like_a_photo(
+    width:int, # Pixels
+    height:int, # Pixels
+    seed:int=0, # Another seed is another picture
+) -> Image.Image: # RGB picture that means nothing
+    "Random waves whose strength falls with their frequency, as in photographs: as hard to decode as one."
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None]*height, np.fft.rfftfreq(width)*width)
+    waves = lambda: np.fft.irfft2(np.exp(2j*np.pi*rng.random(frequency.shape))/np.maximum(frequency, 1)**1.1, s=(height, width))
+    light = waves()
+    x = np.stack([light + .25*waves() for _ in range(3)], -1)                   # (H, W, 3)
+    return Image.fromarray((127.5 + 55*x/x.std()).clip(0, 255).astype(np.uint8))
 
 # %% ../nbs/08_data.ipynb #f093ce67
 IMAGENET_MEAN,IMAGENET_STD = (0.485, 0.456, 0.406),(0.229, 0.224, 0.225)

@@ -85,7 +85,7 @@ def remember(folder, buffer_size, passes):
 @call_parse
 def main(
     records:int=1500, # Records of each folder
-    rounds:int=25, # Comparisons of clean and broken
+    rounds:int=40, # Comparisons of clean and broken; fewer leave more to chance than there is to see
     store:bool=False, # Write results/stream
     folder:str=None, # Used by the study itself: folder to read, in a process of its own
     buffer_size:int=0, # Used by the study itself
