@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['TURNS', 'FAULTS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'SPLITS', 'PICTURES', 'IMAGE_NAMES', 'CAPTION_NAMES',
-           'wide_to_grey', 'upright_turn', 'to_rgb', 'reduced_size', 'decode_image', 'picture_fault', 'CutFirst',
-           'train_transform', 'centre_square', 'eval_transform', 'load_image', 'like_a_photo', 'colour_constants',
-           'to_float', 'as_captions', 'Pairs', 'AllRows', 'split_of', 'find_files', 'load_rows', 'find_column',
-           'pair_columns', 'hold_out', 'load_pairs', 'corpus', 'leave_signals', 'Collate', 'pair_seed', 'own_luck',
-           'Batches']
+           'wide_to_grey', 'upright_turn', 'to_rgb', 'reduced_size', 'decode_image', 'picture_fault', 'train_transform',
+           'centre_square', 'eval_transform', 'like_a_photo', 'is_plain_jpeg', 'decode_pixels', 'decode_for',
+           'load_image', 'colour_constants', 'to_float', 'as_captions', 'Pairs', 'AllRows', 'split_of', 'find_files',
+           'load_rows', 'find_column', 'pair_columns', 'hold_out', 'load_pairs', 'corpus', 'leave_signals', 'Collate',
+           'pair_seed', 'own_luck', 'Batches']
 
 # %% ../nbs/08_data.ipynb #86e19e82
 import glob, hashlib, math, os, re, signal
 from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
+from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -101,58 +102,37 @@ def picture_fault(
     return next((kind for kind,sign in FAULTS if re.search(sign, str(e), re.I)), 'unreadable picture')
 
 # %% ../nbs/08_data.ipynb #a9b43274
-class CutFirst:
-    "torchvision's random crop of a Pillow picture, cut out before anything else is done."
-    def __init__(self,
-        crop, # torchvision's `v2.RandomResizedCrop`
-    ): self.crop = crop
-
-    def __call__(self,
-        image:Image.Image, # RGB picture
-    ) -> Tensor: # Its crop, uint8 (3, H, W)
-        "Only the crop becomes a tensor and is resized."
-        from torchvision.transforms.v2 import functional as TF
-        drawn = self.crop.make_params([image])
-        top,left,height,width = (drawn[k] for k in ('top', 'left', 'height', 'width'))
-        return TF.resize(TF.pil_to_tensor(image.crop((left, top, left + width, top + height))), self.crop.size, self.crop.interpolation, antialias=True)
-
 def train_transform(
     image_size:int, # Side of the result in pixels
     min_area:float=0.5, # Smallest area of the crop, as a share of the picture, in (0, 1]
     flip:bool=True, # Mirror every second picture; wrong where captions say left and right
-) -> 'v2.Compose': # PIL image to uint8 (3, H, W)
+) -> 'v2.Compose': # PIL image, or uint8 (3, H, W), to uint8 (3, image_size, image_size)
     "Random resized crop and mirror, as the official code."
     from torchvision.transforms import v2                                       # here, because it takes as long to import as PyTorch
     if not 0 < min_area <= 1: raise ValueError(f"min_area must be in (0, 1], got {min_area}")
     crop = v2.RandomResizedCrop(image_size, scale=(min_area, 1), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-    transform = v2.Compose([CutFirst(crop)] + ([v2.RandomHorizontalFlip()] if flip else []))
+    transform = v2.Compose([v2.PILToTensor(), crop] + ([v2.RandomHorizontalFlip()] if flip else []))
     transform.smallest = math.ceil(2*image_size/math.sqrt(min_area*3/4))        # so that the narrowest crop has twice the pixels that are wanted
     return transform
 
 def centre_square(
-    image:Image.Image, # Picture of any shape
-) -> Image.Image: # Its largest centred square
+    image:Tensor, # Picture of any shape (..., H, W)
+) -> Tensor: # Its largest centred square, without a copy
     "Cut the longer side."
-    side = min(image.size)
-    left,top = (image.width - side)//2,(image.height - side)//2
-    return image if image.width == image.height else image.crop((left, top, left + side, top + side))
+    height,width = image.shape[-2:]
+    side = min(height, width)
+    top,left = (height - side)//2,(width - side)//2
+    return image[..., top:top + side, left:left + side]
 
 def eval_transform(
     image_size:int, # Side of the result in pixels
-) -> 'v2.Compose': # PIL image to uint8 (3, H, W)
+) -> 'v2.Compose': # PIL image, or uint8 (3, H, W), to uint8 (3, image_size, image_size)
     "The largest centred square, resized."
     from torchvision.transforms import v2
     resize = v2.Resize([image_size, image_size], interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-    transform = v2.Compose([centre_square, v2.PILToTensor(), resize])
+    transform = v2.Compose([v2.PILToTensor(), centre_square, resize])
     transform.smallest = 2*image_size
     return transform
-
-def load_image(
-    image:bytes|dict|str|Image.Image, # Whatever `decode_image` reads
-    transform, # What `train_transform` or `eval_transform` made, or any other
-) -> Tensor: # uint8 (3, H, W)
-    "Decode no more pixels than the transform needs, then transform."
-    return transform(decode_image(image, getattr(transform, 'smallest', 0)))
 
 # %% ../nbs/08_data.ipynb #78dabdd0
 def like_a_photo(
@@ -167,6 +147,46 @@ def like_a_photo(
     light = waves()
     x = np.stack([light + .25*waves() for _ in range(3)], -1)                   # (H, W, 3)
     return Image.fromarray((127.5 + 55*x/x.std()).clip(0, 255).astype(np.uint8))
+
+# %% ../nbs/08_data.ipynb #37d6a5fa
+def is_plain_jpeg(
+    data:bytes, # A file
+    smallest:int=0, # Pixels that the shorter side has to keep
+) -> bool: # Whether decoding all of it is all there is to do
+    "Look into the header."
+    if not data.startswith(b'\xff\xd8'): return False
+    try: opened = Image.open(BytesIO(data))
+    except UnidentifiedImageError: return False
+    return opened.format == 'JPEG' and opened.mode == 'RGB' and upright_turn(opened) is None and reduced_size(opened.size, smallest or math.inf) == opened.size
+
+def decode_pixels(
+    image:bytes|dict|str|Image.Image, # Whatever `decode_image` reads
+    smallest:int=0, # Pixels that the shorter side has to keep, as there
+) -> Tensor: # uint8 (3, H, W); raises as `decode_image`
+    "As `decode_image`, but a tensor, with fewer copies."
+    from torchvision import io
+    from torchvision.transforms.v2.functional import pil_to_tensor
+    if isinstance(image, dict): image = image['bytes'] if image.get('bytes') is not None else image.get('path')
+    if isinstance(image, (str, os.PathLike)): image = Path(image).read_bytes()
+    if isinstance(image, bytes) and is_plain_jpeg(image, smallest):
+        try: return io.decode_jpeg(torch.frombuffer(bytearray(image), dtype=torch.uint8), io.ImageReadMode.RGB)
+        except RuntimeError: pass                                               # Pillow knows what is wrong
+    return pil_to_tensor(decode_image(image, smallest))
+
+def decode_for(
+    image:bytes|dict|str|Image.Image, # Whatever `decode_image` reads
+    transform=None, # What `train_transform` or `eval_transform` made, or any other function of a PIL image; None: for looking at
+) -> Tensor|Image.Image: # uint8 (3, H, W) for our transforms, which say how many pixels they need; for others a PIL image
+    "Decode a picture as a transform wants it."
+    smallest = getattr(transform, 'smallest', None)
+    return decode_image(image) if smallest is None else decode_pixels(image, smallest)
+
+def load_image(
+    image:bytes|dict|str|Image.Image, # Whatever `decode_image` reads
+    transform, # What `train_transform` or `eval_transform` made, or any other function of a PIL image
+) -> Tensor: # uint8 (3, H, W)
+    "Decode no more pixels than the transform needs, then transform."
+    return transform(decode_for(image, transform))
 
 # %% ../nbs/08_data.ipynb #f093ce67
 IMAGENET_MEAN,IMAGENET_STD = (0.485, 0.456, 0.406),(0.229, 0.224, 0.225)

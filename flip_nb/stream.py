@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from .core import nearest
-from .data import CAPTION_NAMES, IMAGE_NAMES, PICTURES, SPLITS, Pairs, decode_image, eval_transform, find_files, load_pairs, own_luck, pair_columns, pair_seed, picture_fault, split_of
+from .data import CAPTION_NAMES, IMAGE_NAMES, PICTURES, SPLITS, Pairs, decode_for, eval_transform, find_files, load_pairs, own_luck, pair_columns, pair_seed, picture_fault, split_of
 
 # %% ../nbs/09_stream.ipynb #e4ec07a8
 ENDINGS = dict(JPEG='jpg', MPO='jpg', PNG='png', WEBP='webp', GIF='gif', BMP='bmp', TIFF='tif')
@@ -318,15 +318,16 @@ def stored_picture(
 def read_picture(
     record:dict, # Content by column or ending
     source:Source, # Where it comes from
-    smallest:int=0, # Pixels that the shorter side has to keep, as for `decode_image`
-) -> Image.Image: # RGB picture
+    transform=None, # What it is decoded for, as in `decode_for`
+) -> Tensor|Image.Image: # uint8 (3, H, W), or an RGB picture
     "The picture of a record; raises `BadRecord` where it cannot be used."
     value = stored_picture(record, source)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore'); warnings.simplefilter('error', Image.DecompressionBombWarning)
-        try: image = decode_image(value, smallest)
+        try: image = decode_for(value, transform)
         except Exception as e: raise BadRecord(picture_fault(e), f'{type(e).__name__}: {e}'[:200]) from e    # decoders raise almost anything
-    if max(image.size) > MOST_ASPECT*min(image.size): raise BadRecord('too narrow', f'{image.width} by {image.height} pixels')
+    height,width = image.shape[1:] if isinstance(image, Tensor) else image.size[::-1]
+    if max(height, width) > MOST_ASPECT*min(height, width): raise BadRecord('too narrow', f'{width} by {height} pixels')
     return image
 
 # %% ../nbs/09_stream.ipynb #5e4e8eee
@@ -439,7 +440,7 @@ def next_pair(
     for _ in range(GIVE_UP):
         epoch,key,record,found = next(reader)
         notes += found
-        try: captions,image = read_captions(record, reader.source), read_picture(record, reader.source, getattr(transform, 'smallest', 0))
+        try: captions,image = read_captions(record, reader.source), read_picture(record, reader.source, transform)
         except BadRecord as e: notes.append((key, e.kind, str(e))); continue
         luck.manual_seed(pair_seed(seed, epoch, key))
         for x in noise: torch.rand(len(x), out=x)

@@ -18,11 +18,12 @@ def attend(
     v:Tensor, # Values (B, num_heads, N, head_dim)
     attn_mask:Tensor|None=None, # True where a key may be looked at (B, 1, 1, N); None: everywhere
 ) -> Tensor: # Weighted values (B, num_heads, N, head_dim)
-    "Scaled dot-product attention; half precision on a CPU is computed in float32, where its backward pass is much faster."
-    if q.device.type == 'cpu' and q.dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast('cpu', enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=attn_mask).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+    "Scaled dot-product attention; bfloat16 on a CPU is written out, because PyTorch's fused one is slow there."
+    if q.device.type != 'cpu' or q.dtype != torch.bfloat16: return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+    with torch.autocast('cpu', enabled=False):
+        scores = (q*q.shape[-1]**-.5) @ k.transpose(-2, -1)                     # (B, num_heads, N, N)
+        if attn_mask is not None: scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+        return scores.softmax(dim=-1) @ v
 
 # %% ../nbs/02_transformer.ipynb #8f8a6a84
 def onednn(
