@@ -343,9 +343,12 @@ def bar_table(
     key:str, # Number of a row to show
     title:str, # First line
 ) -> str: # One line per variant
-    "Numbers of all variants, and their quotient with the last."
-    last = result['rows'][-1][key]
-    return '\n'.join([title] + [f"{row['name']:28}{row[key]:14,.1f}{row[key]/last:9.2f}x {result['rows'][-1]['name']}" for row in result['rows']])
+    "Numbers of all variants, and their quotient with open_clip's for the same, or else with the first."
+    rows = {row['name']: row[key] for row in result['rows']}
+    def base(name):
+        theirs = ', '.join(name.split(', ')[:-1] + ['open_clip'])               # 'captions, flip_nb' is compared with 'captions, open_clip'
+        return theirs if theirs in rows else next(iter(rows))
+    return '\n'.join([title] + [f"{name:28}{n:14,.1f}{n/rows[base(name)]:9.2f}x {base(name)}" for name,n in rows.items()])
 
 def draw_bars(
     result:dict, # What a benchmark returned

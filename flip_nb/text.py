@@ -169,17 +169,18 @@ def wants_groups(
     ids:Tensor, # Ids (B, L)
 ) -> bool: # Whether `length_groups` saves work
     "Many captions, on a CPU, in code that is not compiled."
-    return not torch.compiler.is_compiling() and ids.device.type == 'cpu' and len(ids) >= 32
+    return not torch.compiler.is_compiling() and ids.device.type == 'cpu' and len(ids) >= 64
 
 def length_groups(
     ids:Tensor, # Ids (B, L), 0 is padding
     most:int=4, # Groups at most
+    fewest:int=32, # Captions of a group at least: smaller products cost more than they save
 ) -> list[tuple[Tensor,int]]: # Rows of each group, and the length of its longest caption
     "Captions of like length."
     lengths = ((ids != PAD_ID)*torch.arange(1, ids.shape[1] + 1)).amax(1).clamp(min=1)    # (B,) place of the last word
     order = lengths.argsort()
-    whole,groups = (order, int(lengths[order[-1]])),[(rows, int(lengths[rows[-1]])) for rows in order.chunk(most)]
-    worth = sum(len(rows)*length for rows,length in groups) < .9*len(ids)*whole[1]        # else smaller products cost more than they save
+    whole,groups = (order, int(lengths[order[-1]])),[(rows, int(lengths[rows[-1]])) for rows in order.chunk(max(1, min(most, len(ids)//fewest)))]
+    worth = sum(len(rows)*length for rows,length in groups) < .9*len(ids)*whole[1]
     return groups if worth else [whole]
 
 # %% ../nbs/04_text.ipynb #f526d602
@@ -211,21 +212,20 @@ class TextEncoder(nn.Module):
     ) -> Tensor: # One feature per caption (B, D)
         "Encode captions and pool them."
         if ids.shape[1] > self.context_length: raise ValueError(f"captions have {ids.shape[1]} ids, more than context_length {self.context_length}")
-        if not (self.padding_mask and not mask_ratio and noise is None and wants_groups(ids)): return self.encode(ids, mask_ratio, mask_order, noise)
-        groups = length_groups(ids)
-        features = torch.cat([self.encode(ids[rows, :length]) for rows,length in groups])
-        return features[torch.cat([rows for rows,_ in groups]).argsort()]
+        masked = bool(mask_ratio) or noise is not None
+        groups = [] if masked or not self.padding_mask or not wants_groups(ids) else length_groups(ids)
+        if groups: ids = ids[order := torch.cat([rows for rows,_ in groups])]
+        x,valid = self.token_embed(ids) + self.pos_embed[:, :ids.shape[1]],valid_tokens(ids)     # (B, L, D) and (B, L)
+        if masked: x,valid = mask_text(x, valid, mask_ratio, mask_order, self.pool == 'first', noise)
+        if not groups: return self.encode(x, valid)
+        sizes,lengths = zip(*[(len(rows), length) for rows,length in groups])
+        features = torch.cat([self.encode(t[:, :n], v[:, :n]) for t,v,n in zip(x.split(sizes), valid.split(sizes), lengths)])
+        return features[order.argsort()]
 
     def encode(self,
-        ids:Tensor, # Ids (B, L)
-        mask_ratio:float=0., # Fraction of tokens to drop, in [0, 1)
-        mask_order:str='random', # 'random' or 'padding_first'
-        noise:Tensor|None=None, # One number in [0, 1) per token (B, L), the smallest are kept; None draws it
+        x:Tensor, # Tokens (B, K, D)
+        valid:Tensor, # True for real tokens (B, K)
     ) -> Tensor: # One feature per caption (B, D)
         "All captions at their common length."
-        x = self.token_embed(ids) + self.pos_embed[:, :ids.shape[1]]     # (B, L, D)
-        valid = valid_tokens(ids)                                       # (B, L)
-        if mask_ratio or noise is not None:
-            x,valid = mask_text(x, valid, mask_ratio, mask_order, self.pool == 'first', noise)
         x = self.transformer(x, valid if self.padding_mask else None)   # (B, K, D)
         return x[:, 0] if self.pool == 'first' else mean_valid(x, valid)

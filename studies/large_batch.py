@@ -101,8 +101,8 @@ def tasks(study, largest):
                 [dict(way='blocks', pairs=n, width=512, chunk_size=1024) for n in sizes])
     if study == 'step':
         common = dict(preset='tiny', mask_ratio=.5)
-        return ([dict(way='one pass', pairs=n, micro_batch=n, chunk_size=None, **common) for n in sizes if n <= 8192] +
-                [dict(way='cached', pairs=n, micro_batch=1024, chunk_size=1024, **common) for n in sizes])
+        return ([dict(way='one pass', pairs=n, micro_batch=n, chunk_size=None, repeats=2, **common) for n in sizes if n <= 8192] +      # the first of them allocates
+                [dict(way='cached', pairs=n, micro_batch=1024, chunk_size=1024, repeats=1 + (n <= 8192), **common) for n in sizes])
     common = dict(preset='small', pairs=256, micro_batch=256, mask_ratio=.5, chunk_size=None, repeats=3)
     ways = {'plain': {}, 'cached, 64 at a time': dict(micro_batch=64), 'recomputed activations': dict(checkpoint=True), 'bf16': dict(bf16=True),
             'compiled': dict(compiled=True), 'cached and recomputed': dict(micro_batch=64, checkpoint=True)}
