@@ -15,7 +15,6 @@ import glob, hashlib, math, os, re, signal
 from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
-from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -167,7 +166,8 @@ def decode_pixels(
     from torchvision import io
     from torchvision.transforms.v2.functional import pil_to_tensor
     if isinstance(image, dict): image = image['bytes'] if image.get('bytes') is not None else image.get('path')
-    if isinstance(image, (str, os.PathLike)): image = Path(image).read_bytes()
+    if isinstance(image, (str, os.PathLike)):
+        with open(image, 'rb') as file: image = file.read()
     if isinstance(image, bytes) and is_plain_jpeg(image, smallest):
         try: return io.decode_jpeg(torch.frombuffer(bytearray(image), dtype=torch.uint8), io.ImageReadMode.RGB)
         except RuntimeError: pass                                               # Pillow knows what is wrong

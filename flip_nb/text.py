@@ -177,7 +177,7 @@ def length_groups(
     fewest:int=32, # Captions of a group at least: smaller products cost more than they save
 ) -> list[tuple[Tensor,int]]: # Rows of each group, and the length of its longest caption
     "Captions of like length."
-    lengths = ((ids != PAD_ID)*torch.arange(1, ids.shape[1] + 1)).amax(1).clamp(min=1)    # (B,) place of the last word
+    lengths = ((ids != PAD_ID)*torch.arange(1, ids.shape[1] + 1, device=ids.device)).amax(1).clamp(min=1)    # (B,) place of the last word
     order = lengths.argsort()
     whole,groups = (order, int(lengths[order[-1]])),[(rows, int(lengths[rows[-1]])) for rows in order.chunk(max(1, min(most, len(ids)//fewest)))]
     worth = sum(len(rows)*length for rows,length in groups) < .9*len(ids)*whole[1]
@@ -214,6 +214,7 @@ class TextEncoder(nn.Module):
         if ids.shape[1] > self.context_length: raise ValueError(f"captions have {ids.shape[1]} ids, more than context_length {self.context_length}")
         masked = bool(mask_ratio) or noise is not None
         groups = [] if masked or not self.padding_mask or not wants_groups(ids) else length_groups(ids)
+        if len(groups) == 1: ids,groups = ids[:, :groups[0][1]],[]
         if groups: ids = ids[order := torch.cat([rows for rows,_ in groups])]
         x,valid = self.token_embed(ids) + self.pos_embed[:, :ids.shape[1]],valid_tokens(ids)     # (B, L, D) and (B, L)
         if masked: x,valid = mask_text(x, valid, mask_ratio, mask_order, self.pool == 'first', noise)
