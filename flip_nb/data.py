@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TURNS', 'FAULTS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'SPLITS', 'PICTURES', 'IMAGE_NAMES', 'CAPTION_NAMES',
-           'wide_to_grey', 'upright_turn', 'to_rgb', 'reduced_size', 'decode_image', 'picture_fault', 'train_transform',
-           'centre_square', 'eval_transform', 'like_a_photo', 'is_plain_jpeg', 'decode_pixels', 'decode_for',
-           'load_image', 'colour_constants', 'to_float', 'as_captions', 'Pairs', 'AllRows', 'split_of', 'find_files',
-           'load_rows', 'find_column', 'pair_columns', 'hold_out', 'load_pairs', 'corpus', 'leave_signals', 'Collate',
-           'pair_seed', 'own_luck', 'Batches']
+           'wide_to_grey', 'upright_turn', 'to_rgb', 'reduced_size', 'as_stored', 'decode_image', 'picture_fault',
+           'train_transform', 'centre_square', 'eval_transform', 'like_a_photo', 'is_plain_jpeg', 'decode_pixels',
+           'decode_for', 'load_image', 'colour_constants', 'to_float', 'as_captions', 'Pairs', 'AllRows', 'split_of',
+           'find_files', 'load_rows', 'find_column', 'pair_columns', 'hold_out', 'load_pairs', 'corpus',
+           'leave_signals', 'Collate', 'pair_seed', 'own_luck', 'Batches']
 
 # %% ../nbs/08_data.ipynb #86e19e82
 import glob, hashlib, math, os, re, signal
@@ -69,12 +69,19 @@ def reduced_size(
     scale = next((s for s in (8, 4, 2) if min(size)//s >= smallest), 1)
     return size[0]//scale, size[1]//scale
 
+def as_stored(
+    image:bytes|dict|str|Image.Image|None, # Encoded bytes, a `datasets` record of them, a file's path, a picture, or nothing
+) -> bytes|str|Image.Image|None: # The same, without the record around it
+    "What a column of pictures holds: of a record its bytes, or else its path."
+    if not isinstance(image, dict): return image
+    return image['bytes'] if image.get('bytes') is not None else image.get('path')
+
 def decode_image(
     image:bytes|dict|str|Image.Image, # Encoded bytes, a `datasets` record of them, a file's path, or a picture
     smallest:int=0, # Pixels that the shorter side has to keep: a JPEG of twice, 4 or 8 times as many is decoded at a half, a quarter or an eighth; 0: all
 ) -> Image.Image: # RGB picture; of a moving one the first frame
     "Read one picture; raises `ValueError`, or what Pillow raises, where that cannot be done."
-    if isinstance(image, dict): image = image['bytes'] if image.get('bytes') is not None else image.get('path')
+    image = as_stored(image)
     if isinstance(image, Image.Image): return to_rgb(image)
     if image is None: raise ValueError('there is no picture')
     if not isinstance(image, (bytes, str, os.PathLike)): raise ValueError(f"a picture is bytes, a path or a PIL image, not {type(image).__name__}")
@@ -165,7 +172,7 @@ def decode_pixels(
     "As `decode_image`, but a tensor, with fewer copies."
     from torchvision import io
     from torchvision.transforms.v2.functional import pil_to_tensor
-    if isinstance(image, dict): image = image['bytes'] if image.get('bytes') is not None else image.get('path')
+    image = as_stored(image)
     if isinstance(image, (str, os.PathLike)):
         with open(image, 'rb') as file: image = file.read()
     if isinstance(image, bytes) and is_plain_jpeg(image, smallest):

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from .core import nearest
-from .data import CAPTION_NAMES, IMAGE_NAMES, PICTURES, SPLITS, Pairs, decode_for, eval_transform, find_files, load_pairs, own_luck, pair_columns, pair_seed, picture_fault, split_of
+from .data import CAPTION_NAMES, IMAGE_NAMES, PICTURES, SPLITS, Pairs, as_stored, decode_for, eval_transform, find_files, load_pairs, own_luck, pair_columns, pair_seed, picture_fault, split_of
 
 # %% ../nbs/09_stream.ipynb #e4ec07a8
 ENDINGS = dict(JPEG='jpg', MPO='jpg', PNG='png', WEBP='webp', GIF='gif', BMP='bmp', TIFF='tif')
@@ -35,7 +35,7 @@ def raw_picture(
     image, # What a column of pictures holds, or uint8 (3, H, W)
 ) -> tuple[str,bytes|None]: # Ending and encoded bytes; None where there is no picture
     "Bytes as they are; a picture without bytes as PNG."
-    if isinstance(image, dict): image = image['bytes'] if image.get('bytes') is not None else image.get('path')
+    image = as_stored(image)
     if isinstance(image, (str, os.PathLike)) and os.path.exists(image): image = Path(image).read_bytes()
     if isinstance(image, Tensor): image = Image.fromarray(image.permute(1, 2, 0).numpy())
     if isinstance(image, Image.Image):
@@ -310,7 +310,7 @@ def stored_picture(
     "Look for the picture of a record; raises `BadRecord` where there is none."
     value = next((record[n] for n in source.images if record.get(n) is not None), None)
     if isinstance(value, BadRecord): raise value
-    if isinstance(value, dict): value = value['bytes'] if value.get('bytes') is not None else value.get('path')
+    value = as_stored(value)
     if value is None: raise BadRecord('no picture', f"there is nothing under {' or '.join(source.images[:4])}")
     if value == b'': raise BadRecord('empty picture', 'the picture has zero bytes')
     return value
