@@ -36,7 +36,7 @@ from .registry import TestSet, classification_scores, need_labels, open_test_set
 from .checkpoint import write_json
 from .loop import Progress, TrainingDiverged, backward_through, count_bad_steps, diagnose, make_optimizer, prepare_model, run_stage
 from .stream import SkippedRows
-from .train import append_line, deliver, make_accelerator, make_loader, new_run_folder
+from .train import append_line, deliver, log_files, make_accelerator, make_loader, new_run_folder
 
 # %% ../nbs/26_finetune.ipynb #31473de3
 def image_tower(
@@ -325,7 +325,7 @@ def start_finetuning(
     if accelerator.is_main_process:
         try:
             folder = new_run_folder(options.out, f"{Path(options.data).name.strip('*.') or 'data'}-finetuned-{'scratch' if options.scratch else Path(options.run).name}")
-            for old in folder.glob('*.jsonl'): old.unlink()
+            for old in log_files(folder): old.unlink()
             write_json(folder/'finetune_config.json', vars(options) | dict(out=str(folder)))
         except (ValueError, OSError) as e: folder = e
     folder = gather_objects(folder)[0]
