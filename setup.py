@@ -1,7 +1,7 @@
 "Everything the package says about itself is read from settings.ini."
 from configparser import ConfigParser
 from pathlib import Path
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='])
@@ -31,7 +31,7 @@ setup(
         f"Natural Language :: {cfg['language']}",
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
         *(f'Programming Language :: Python :: {v}' for v in pythons)],
-    packages=[cfg['lib_path']],
+    packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'official')},

@@ -21,10 +21,10 @@ import torch
 from fastcore.script import call_parse
 from masking_pays import RESULTS, machine
 from PIL import Image
-from flip_nb.data import load_pairs
-from flip_nb.metrics import encode_captions, encode_pairs, retrieval_recall, similarity, top_k_accuracy, zero_shot_classifier
+from flip_nb.data.pairs import load_pairs
+from flip_nb.zero_shot import encode_captions, encode_pairs, retrieval_recall, similarity, top_k_accuracy, zero_shot_classifier
 from flip_nb.model import FLIP
-from flip_nb.checkpoint import write_json
+from flip_nb.scale.checkpoint import write_json
 
 TEMPLATES = ['{}', 'a {}', 'a photo of a {}']           # as in training's own evaluation of labels
 KS,BATCH = (1, 5, 10),256
@@ -58,12 +58,12 @@ def run_benchmark(run, preset, folder, task):
                    '--dataset', f'wds/{folder.name}', '--dataset_root', str(folder), '--task', task, '--no_amp', '--num_workers', '0',
                    '--batch_size', str(BATCH), '--recall_k', *map(str, KS), '--quiet', '--output', f'{tmp}/out.json']
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, '-m', 'flip_nb.openclip', *options], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, '-m', 'flip_nb.official.openclip', *options], capture_output=True, text=True)
         if done.returncode: raise SystemExit(f'CLIP_benchmark failed:\n{done.stderr[-3000:]}')
         seconds = time.perf_counter() - start
         metrics = json.loads(Path(f'{tmp}/out.json').read_text())['metrics']
     shown = [Path(o).name if '/' in o and Path(o).is_absolute() else o for o in options]
-    return metrics, 'python -m flip_nb.openclip ' + ' '.join(shown), seconds
+    return metrics, 'python -m flip_nb.official.openclip ' + ' '.join(shown), seconds
 
 def readable_pairs(model, pairs):
     "Features of all pictures and their captions or labels; no picture may be broken, for CLIP_benchmark would stop there."

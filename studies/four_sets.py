@@ -16,7 +16,7 @@ import torch
 from fastcore.script import call_parse
 from masking_pays import RESULTS, machine, measure_speed
 from flip_nb.evaluate import evaluate
-from flip_nb.checkpoint import write_json
+from flip_nb.scale.checkpoint import write_json
 from flip_nb.train import resolve_options, train
 
 RATIOS = (0.5, 0.)

@@ -19,12 +19,12 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from fastcore.script import call_parse
-from flip_nb.checkpoint import write_json
-from flip_nb.data import Collate, to_float
+from flip_nb.scale.checkpoint import write_json
+from flip_nb.data.pairs import Collate, to_float
 from flip_nb.loss import info_nce
 from flip_nb.masking import encoder_flops, num_kept
 from flip_nb.model import FLIP, preset_config
-from flip_nb.recipe import parameter_groups
+from flip_nb.official.recipe import parameter_groups
 from flip_nb.text import CaptionTokenizer
 from flip_nb.train import default_preset, make_accelerator, make_loader, noise_sizes, open_data, resolve_options, train
 

@@ -10,9 +10,9 @@ import torch
 from fastcore.script import call_parse
 from torchvision.transforms import v2
 from tqdm import tqdm
-from flip_nb.data import decode_image, eval_transform, load_rows, pair_columns
-from flip_nb.preprocess import centre_crop, official_resize
-from flip_nb.checkpoint import write_json
+from flip_nb.data.pairs import decode_image, eval_transform, load_rows, pair_columns
+from flip_nb.official.preprocess import centre_crop, official_resize
+from flip_nb.scale.checkpoint import write_json
 
 RESULTS = Path(__file__).parent.parent/'results'/'preprocess'
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from fastcore.script import call_parse
 from masking_pays import RATIOS, RESULTS, machine
-from flip_nb.metrics import SCENE_NAMES, SCENE_TEMPLATES, zero_shot_classifier
+from flip_nb.zero_shot import SCENE_NAMES, SCENE_TEMPLATES, zero_shot_classifier
 from flip_nb.model import FLIP
-from flip_nb.robustness import masked_view_curve, robustness_curve
+from flip_nb.evaluation.robustness import masked_view_curve, robustness_curve
 from flip_nb.scenes import Scenes
-from flip_nb.checkpoint import write_json
+from flip_nb.scale.checkpoint import write_json
 from flip_nb.train import train
 
 COUNTS = (1, 2, 4, 8)

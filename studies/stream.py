@@ -20,9 +20,9 @@ import torch
 from fastcore.script import call_parse
 from PIL import Image
 from large_batch import machine, memory
-from flip_nb.data import Collate, train_transform
+from flip_nb.data.pairs import Collate, train_transform
 from flip_nb.scenes import Scenes
-from flip_nb.stream import PairStream, open_source, stream_loader, write_shard
+from flip_nb.data.stream import PairStream, open_source, stream_loader, write_shard
 from flip_nb.text import CaptionTokenizer
 
 RESULTS = Path(__file__).parent.parent/'results'/'stream'

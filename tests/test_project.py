@@ -130,7 +130,7 @@ def test_versions_agree():
 
 def test_the_overview_repeats_the_results():
     "The table of results in the index is the one that the notebook of results prints."
-    printed = [''.join(o['data']['text/markdown']) for c in read_nb(root/'nbs/16_results.ipynb').cells for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})]
+    printed = [''.join(o['data']['text/markdown']) for c in read_nb(root/'nbs/1_method/10_does_it_pay.ipynb').cells for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})]
     rows = [line.strip() for line in printed[-1].splitlines() if line.startswith('| ') and '---' not in line]
     overview = '\n'.join(c.source for c in read_nb(root/'nbs/index.ipynb').cells)
-    assert len(rows) == 5 and not [r for r in rows if r not in overview], 'nbs/index.ipynb shows other results than nbs/16_results.ipynb'
+    assert len(rows) == 5 and not [r for r in rows if r not in overview], 'nbs/index.ipynb shows other results than nbs/1_method/10_does_it_pay.ipynb'

@@ -1,7 +1,7 @@
 """Run notebooks in place, each in a fresh kernel, and store their outputs.
 
     python tools/execute_notebooks.py                          # every notebook under nbs/
-    python tools/execute_notebooks.py nbs/01_masking.ipynb     # only these files or folders
+    python tools/execute_notebooks.py nbs/1_method/01_masking.ipynb     # only these files or folders
 
 Cells marked `#| eval: false`, or with one of the flags in `tst_flags` of settings.ini, are not run and keep
 the output they have. What is written is already clean, so `nbdev_clean` changes nothing and a second run
