@@ -55,7 +55,8 @@ def options_of(
     "All options of a command, in their order."
     types,found = typing.get_type_hints(Config),{}
     for f in fields(Config):
-        new = options_of(types[f.name]) if is_dataclass(types[f.name]) else {f.name: (f, types[f.name])}
+        kind = types[f.name]
+        new = options_of(kind) if is_dataclass(kind) else {f.name: (f, kind)}
         assert not new.keys() & found.keys(), f'{new.keys() & found.keys()} is in two groups'
         found |= new
     return found
@@ -257,8 +258,8 @@ def command_line(
     except SystemExit:
         if epilog and {'-h', '--help'} & set(words): print(epilog)
         raise
-    typed = typed_names(Config, words) | {k for k in known if known[k][0].metadata.get('positional')}
-    return flatten(parsed), typed | values.keys()
+    placed = {k for k,(f,_) in known.items() if f.metadata.get('positional')}
+    return flatten(parsed), typed_names(Config, words) | placed | values.keys()
 
 # %% ../../nbs/7_scale/03_options.ipynb #7bc25379
 def run_command(
