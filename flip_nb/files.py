@@ -110,7 +110,7 @@ def folder_fault(
     except OSError as e: return f"a file of {path.name} cannot be read ({e.strerror})"
     return ''
 
-# %% ../nbs/4_data/00_files.ipynb #181fcaa8
+# %% ../nbs/4_data/00_files.ipynb #9c701d81
 RUN_MARKS = ('train_config.json', 'finetune_config.json')        # what a run writes first
 
 def log_files(
@@ -134,7 +134,8 @@ def new_run_folder(
         if (folder/name).exists():
             raise ValueError(f"{str(folder)!r} already holds the results of a run, or a model "
                              f"({name}); choose another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder/m).exists() for m in RUN_MARKS):
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder/m).exists()
+        for m in RUN_MARKS):
         raise ValueError(f"{str(folder)!r} is not empty and holds no run; choose another --out, "
                          "so that none of its files is touched")
     try: folder.mkdir(parents=True, exist_ok=True)

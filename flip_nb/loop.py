@@ -30,7 +30,7 @@ class Stage:
     warmup_steps:int # Steps of linear rise
     grad_clip:float=0. # Largest gradient norm; 0 does not clip
 
-# %% ../nbs/1_method/09_loop.ipynb #a2d8d6df
+# %% ../nbs/1_method/09_loop.ipynb #cf117d80
 def plan_stages(
     steps:int, # Steps of masked training
     tune_steps:int, # Steps of unmasked tuning, 0 for none
@@ -45,7 +45,8 @@ def plan_stages(
     first = Stage('masked' if mask_ratio else 'unmasked', steps, mask_ratio, lr,
                   min(warmup_steps, steps - 1), grad_clip)
     warmup = min(tune_steps - 1, tune_steps//20 + 1)
-    return [first] + ([Stage('tuning', tune_steps, 0., tune_lr, warmup, grad_clip)] if tune_steps else [])
+    return [first] + ([Stage('tuning', tune_steps, 0., tune_lr, warmup, grad_clip)]
+                      if tune_steps else [])
 
 # %% ../nbs/1_method/09_loop.ipynb #dcb46187
 def warmup_cosine(
@@ -77,13 +78,14 @@ def parameter_groups(
     return [dict(params=[p for n,p in named if not spared(n)], weight_decay=weight_decay),
             dict(params=[p for n,p in named if spared(n)], weight_decay=0.)]
 
-# %% ../nbs/1_method/09_loop.ipynb #90472877
+# %% ../nbs/1_method/09_loop.ipynb #c587e01a
 def make_optimizer(
     accelerator:Accelerator, # Where to run
     model:nn.Module, # The model, perhaps wrapped
     stage:Stage, # What to do
     weight_decay:float=0.2, # AdamW's decay of matrices
-    groups:list[dict]|None=None, # Parameter groups, perhaps with own rates; None: `parameter_groups`
+    # Parameter groups, perhaps with own rates; None: `parameter_groups`
+    groups:list[dict]|None=None,
 ) -> tuple: # Prepared AdamW, and its schedule
     "AdamW with warm-up and cosine decay."
     groups = groups or parameter_groups(accelerator.unwrap_model(model), weight_decay)
@@ -92,7 +94,7 @@ def make_optimizer(
     schedule = torch.optim.lr_scheduler.LambdaLR(adamw, factor)
     return AcceleratedOptimizer(adamw, scaler=accelerator.scaler), schedule
 
-# %% ../nbs/1_method/09_loop.ipynb #395b080d
+# %% ../nbs/1_method/09_loop.ipynb #037d20a5
 def encode_batch(
     model:nn.Module, # `FLIP`, perhaps wrapped
     batch:dict, # 'images' (B, 3, H, W) uint8, 'ids' (B, L), and noise for the masks
@@ -101,7 +103,8 @@ def encode_batch(
     text_mask_order:str='random', # Which text tokens go first: random or padding_first
 ) -> tuple[Tensor,Tensor,Tensor]: # Image and text embeddings (B, E), unit length, and the scale
     "Both towers on one batch, masked."
-    return model(to_float(batch['images']), batch['ids'], mask_ratio, text_mask_ratio, text_mask_order,
+    return model(to_float(batch['images']), batch['ids'], mask_ratio, text_mask_ratio,
+                 text_mask_order,
                  batch.get('image_noise') if mask_ratio else None,
                  batch.get('text_noise') if text_mask_ratio else None)
 
@@ -149,7 +152,7 @@ def grad_norms(
     norm = lambda ps: torch.nn.utils.get_total_norm([p.grad for p in ps if p.grad is not None])
     return torch.stack([full(norm(ps)) for ps in parts.values()])
 
-# %% ../nbs/1_method/09_loop.ipynb #92363446
+# %% ../nbs/1_method/09_loop.ipynb #a6324e1c
 def guarded_step(
     accelerator:Accelerator, # Where to run
     optimizer, # Prepared fused AdamW
@@ -163,7 +166,7 @@ def guarded_step(
     if grad_clip:
         trained = [p for ps in parts.values() for p in ps]
         torch.nn.utils.clip_grads_with_norm_(trained, grad_clip, total)
-    if accelerator.scaler is None:                              # float16 brings a scaler that does the same
+    if accelerator.scaler is None:  # float16 brings a scaler that does the same
         optimizer.optimizer.found_inf = (~total.isfinite()).float()
     optimizer.step()
     optimizer.zero_grad()
@@ -193,7 +196,7 @@ class Step:
         if self.is_last: return True
         return every > 0 and self.number > 0 and self.number % at == 0 and self.number % every < at
 
-# %% ../nbs/1_method/09_loop.ipynb #161abab3
+# %% ../nbs/1_method/09_loop.ipynb #cda995ab
 def training_steps(
     accelerator:Accelerator, # Where to run
     model:nn.Module, # Prepared model
@@ -201,7 +204,8 @@ def training_steps(
     schedule, # Its learning rates
     batches, # Iterator of batches on the device
     stage:Stage, # What to do
-    backward=loss_backward, # Function (accelerator, model, batch, stage): adds gradients, returns the loss
+    # Function (accelerator, model, batch, stage): adds gradients, returns the loss
+    backward=loss_backward,
     start:int=0, # Steps of the stage that are done already
 ): # Iterator of `Step`
     "Train to the end of a stage, step by step."
@@ -215,7 +219,7 @@ def training_steps(
         schedule.step()
         yield Step(stage, number, batch, loss, norms, waited)
 
-# %% ../nbs/1_method/09_loop.ipynb #c468dae8
+# %% ../nbs/1_method/09_loop.ipynb #d90807d7
 class TrainingDiverged(ValueError):
     "The loss, the gradients or the weights are no longer finite."
 
@@ -225,11 +229,12 @@ def describe_norms(
     norms:Tensor, # Gradient norms of the last step (K,)
 ) -> str: # One line
     "Temperature, and the gradient norm of each part."
-    text = 'gradient norms: ' + ', '.join(f'{name} {n:.3g}' for name,n in zip(parts, norms.tolist()))
+    text = 'gradient norms: ' + ', '.join(f'{name} {n:.3g}' for name,
+                                          n in zip(parts, norms.tolist()))
     if not hasattr(flip, 'logit_scale'): return text
     return f"temperature {1/clamped_exp(full(flip.logit_scale)).item():.4g}; {text}"
 
-# %% ../nbs/1_method/09_loop.ipynb #2318251f
+# %% ../nbs/1_method/09_loop.ipynb #57d9538c
 @torch.no_grad()
 def broken_pairs(
     flip:FLIP, # The model, not wrapped
@@ -239,7 +244,8 @@ def broken_pairs(
     "Embed every pair by itself."
     finite = lambda z: z.isfinite().all(1)
     return torch.cat([~(finite(flip.encode_image(to_float(x))) & finite(flip.encode_text(ids)))
-                      for x,ids in zip(batch['images'].split(at_a_time), batch['ids'].split(at_a_time))])
+                      for x,ids in zip(batch['images'].split(at_a_time),
+                                       batch['ids'].split(at_a_time))])
 
 def diagnose(
     flip:nn.Module, # The model, not wrapped
@@ -253,7 +259,9 @@ def diagnose(
     if 'ids' not in batch: return text                          # another task, without captions
     broken = broken_pairs(flip, batch)
     if not broken.any(): return f"{text}; every pair alone has a finite embedding"
-    if broken.all(): return f"{text}; no pair has a finite embedding: the weights themselves are broken"
-    names = [str(batch['rows'][i] if 'rows' in batch else i) for i in broken.nonzero()[:, 0].tolist()]
+    if broken.all():
+        return f"{text}; no pair has a finite embedding: the weights themselves are broken"
+    names = [str(batch['rows'][i] if 'rows' in batch else i)
+             for i in broken.nonzero()[:, 0].tolist()]
     more = ' ...' if len(names) > most else ''
     return f"{text}; pairs whose own embedding is not finite: {', '.join(names[:most])}{more}"

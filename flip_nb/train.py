@@ -16,7 +16,7 @@ from .scale.config import TrainConfig, resolve, resume_config
 from .scale.options import build, command_line, given, run_command
 from .scale.trainer import Trainer
 
-# %% ../nbs/7_scale/06_train.ipynb #92ea0ace
+# %% ../nbs/7_scale/06_train.ipynb #5102ad27
 def object_name(
     thing, # Data set or model that was handed in
 ) -> str: # What is stored instead of a path
@@ -36,15 +36,17 @@ def begin(
         raise ValueError(f"--resume {resume} continues in its own folder: leave --out {out} away")
     config = resume_config(values, chosen)
     if not (done := Path(resume)/'results.json').exists():
-        if config is None: config = resolve(build(TrainConfig, values | dict(out=resume, resume=None)))
+        if config is None:
+            config = resolve(build(TrainConfig, values | dict(out=resume, resume=None)))
         elif dataset is None and config.data.data.startswith('<'):
-            raise ValueError(f"the run in {resume!r} trains on an object, {config.data.data}: give it again")
+            raise ValueError(f"the run in {resume!r} trains on an object, {config.data.data}: give "
+                             f"it again")
         return Trainer(config, dataset, model).run()
     if not values['quiet'] and os.environ.get('RANK', '0') == '0':
         print(f"the run in {resume} is finished; its results are in {done}")
     return json.loads(done.read_text())
 
-# %% ../nbs/7_scale/06_train.ipynb #3cad28e2
+# %% ../nbs/7_scale/06_train.ipynb #d08fc67e
 def train(
     config:TrainConfig|None=None, # Options; None takes the defaults
     dataset=None, # Data set of (image, caption), or a dict of splits, to train on instead of `data`
@@ -54,19 +56,20 @@ def train(
     "Train FLIP: masked first, then a short unmasked tuning; evaluate before and after."
     for name,thing in (('data', dataset), ('init', model)):
         if thing is None: continue
-        if options.get(name) is not None: raise ValueError(f"give either {name} or an object, not both")
+        if options.get(name) is not None:
+            raise ValueError(f"give either {name} or an object, not both")
         options[name] = object_name(thing)
     values,chosen = given(TrainConfig, config, options)
     return begin(values, chosen, dataset, model)
 
-# %% ../nbs/7_scale/06_train.ipynb #8175f19a
+# %% ../nbs/7_scale/06_train.ipynb #09cec76f
 def main():
     "Train FLIP from the command line."
     def work():
+        text = 'Train FLIP: masked first, then a short unmasked tuning; evaluate before and after.'
         epilog = 'recipes, as they are without other options:\n\n' + recipe_table()
-        begin(*command_line(
-            TrainConfig, 'flip_nb.train',
-            'Train FLIP: masked first, then a short unmasked tuning; evaluate before and after.', epilog))
+        begin(*command_line(TrainConfig, 'flip_nb.train', text, epilog))
     run_command('flip_nb.train', work, {Interrupted: EXIT_RESUMABLE})
 
-if __name__ == '__main__' and '__file__' in globals(): main()   # as a command, but not in this notebook
+# as a command, but not in this notebook
+if __name__ == '__main__' and '__file__' in globals(): main()

@@ -13,7 +13,7 @@ from ..core import nearest
 from ..loop import scaled_lr
 from ..text import CaptionTokenizer
 
-# %% ../../nbs/6_official/01_recipe.ipynb #b8ef738c
+# %% ../../nbs/6_official/01_recipe.ipynb #09684d2b
 VIRTUAL_EPOCH = 1_281_167 # Samples in an epoch of the official code, whatever the data
 
 def virtual_steps(
@@ -22,7 +22,8 @@ def virtual_steps(
 ) -> int: # Optimiser steps
     "Steps of so many virtual epochs (official code, train.py:313)."
     if not 1 <= batch_size <= VIRTUAL_EPOCH:
-        raise ValueError(f"batch_size must be between 1 and {VIRTUAL_EPOCH:,}, the size of a virtual "
+        raise ValueError(f"batch_size must be between 1 and {VIRTUAL_EPOCH:,}, the size of a "
+                         f"virtual "
                          f"epoch, got {batch_size}")
     return int(epochs * (VIRTUAL_EPOCH // batch_size))
 
@@ -58,30 +59,40 @@ def get_recipe(
         raise ValueError(f"there is no recipe {name!r}." + nearest(name, list(RECIPES)))
     return dict(RECIPES[name])
 
-# %% ../../nbs/6_official/01_recipe.ipynb #7c452262
+# %% ../../nbs/6_official/01_recipe.ipynb #8fcebafc
 def recipe_table(
     batch_size:int|None=None, # Pairs per step; None takes the recipe's own
 ) -> str: # One line per recipe
     "What every recipe amounts to at a batch size."
-    lines = [f"{'recipe':27}{'model':6}{'dropped':>8}{'batch':>8}{'peak lr':>10}{'warm-up':>9}{'steps':>13}{'pairs seen':>12}"]
+    lines = [f"{'recipe':27}{'model':6}{'dropped':>8}{'batch':>8}{'peak lr':>10}{'warm-up':>9}"
+             f"{'steps':>13}{'pairs seen':>12}"]
     for name,r in RECIPES.items():
         b = batch_size or r['batch_size']
         steps,warmup = (virtual_steps(r[k], b) for k in ('virtual_epochs', 'warmup_epochs'))
-        lines.append(f"{name:27}{r['preset']:6}{r['mask_ratio']:8.0%}{b:8,}{scaled_lr(r['base_lr'], b):10.2e}{warmup:9,}{steps:13,}{steps*b/1e9:11.2f}B")
+        lr = scaled_lr(r['base_lr'], b)
+        lines.append(f"{name:27}{r['preset']:6}{r['mask_ratio']:8.0%}{b:8,}{lr:10.2e}{warmup:9,}"
+                     f"{steps:13,}{steps*b/1e9:11.2f}B")
     return '\n'.join(lines)
 
-# %% ../../nbs/6_official/01_recipe.ipynb #b35b97ff
+# %% ../../nbs/6_official/01_recipe.ipynb #9da0c833
 def load_tokenizer(
-    vocab:str|Path, # Text file with one piece a line, `tokenizer.json`, a folder with one of these, or a name on the Hugging Face hub
+    # Text file with one piece a line, `tokenizer.json`, a folder with one of these, or a name on
+    # the Hugging Face hub
+    vocab:str|Path,
 ) -> CaptionTokenizer: # Tokenizer with the ids of the file
     "Read a vocabulary from a file, a folder or the hub."
     path = Path(vocab)
     if (path/'vocab.txt').is_file(): path = path/'vocab.txt'
-    if path.is_dir() or (path.is_file() and path.suffix == '.json'): return CaptionTokenizer.from_file(path)
+    if path.is_dir() or (path.is_file() and path.suffix == '.json'):
+        return CaptionTokenizer.from_file(path)
     if not path.is_file():
-        if path.suffix in ('.txt', '.json'): raise ValueError(f"there is no vocabulary file {str(vocab)!r}")
+        if path.suffix in ('.txt', '.json'):
+            raise ValueError(f"there is no vocabulary file {str(vocab)!r}")
         try: path = hf_hub_download(str(vocab), 'vocab.txt')
         except Exception as e:
-            raise ValueError(f"{str(vocab)!r} is neither a file nor a folder, and a vocab.txt of that name could not be fetched from the Hugging Face hub ({type(e).__name__}); "
-                             "check the name and the network, or give the path of a vocab.txt, such as BERT's") from e
+            raise ValueError(f"{str(vocab)!r} is neither a file nor a folder, and a vocab.txt of "
+                             f"that name could not be fetched from the Hugging Face hub "
+                             f"({type(e).__name__}); "
+                             "check the name and the network, or give the path of a vocab.txt, "
+                             "such as BERT's") from e
     return CaptionTokenizer.from_vocab(path)

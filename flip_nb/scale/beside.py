@@ -51,7 +51,7 @@ class Shadow:
         fault,self.thread,self.fault = self.fault,None,None
         if fault: raise fault
 
-# %% ../../nbs/7_scale/04e_beside.ipynb #99ad8bc8
+# %% ../../nbs/7_scale/04e_beside.ipynb #566fd166
 @patch
 @torch.no_grad()
 def update(self:Shadow,
@@ -59,7 +59,8 @@ def update(self:Shadow,
 ) -> nn.Module: # The copy
     "Copy the weights; every process has to call it."
     self.wait()
-    for mine,live in zip(self.model.parameters(), model.parameters(), strict=True): mine.copy_(full(live))
+    for mine,live in zip(self.model.parameters(), model.parameters(), strict=True):
+        mine.copy_(full(live))
     return self.model
 
 @patch
@@ -82,7 +83,7 @@ def start(self:Shadow,
     self.thread = threading.Thread(target=work, name='evaluation', daemon=True)
     self.thread.start()
 
-# %% ../../nbs/7_scale/04e_beside.ipynb #5f429efe
+# %% ../../nbs/7_scale/04e_beside.ipynb #4253b28e
 @patch
 def cancel(self:Shadow,
     patience:float=10., # Seconds to wait for its batch
@@ -90,7 +91,7 @@ def cancel(self:Shadow,
     "End the evaluation at its next batch; its scores are lost."
     self.stopped.set()
     if self.thread: self.thread.join(patience)
-    if self.running(): return False                             # does not keep the program from ending
+    if self.running(): return False  # does not keep the program from ending
     self.thread = self.fault = None
     self.stopped.clear()
     return True
@@ -130,7 +131,7 @@ class Evaluations:
         "End the evaluation that is under way."
         return self.shadow.cancel()
 
-# %% ../../nbs/7_scale/04e_beside.ipynb #95db48d5
+# %% ../../nbs/7_scale/04e_beside.ipynb #41ea1189
 @patch
 def write(self:Evaluations,
     which:dict, # Which weights were evaluated
@@ -145,8 +146,9 @@ def write(self:Evaluations,
     before = [earlier['score'] for earlier in read_lines(path)]
     append_line(path, line)
     tracked = dict(score=line['score'], score_step=line['done'])
-    self.run.accelerator.log(tracked, step=self.run.progress.done)     # trackers want steps in order
-    if line['score'] >= max(before, default=0.): mark_best(self.run.folder, line['done'], line['score'])
+    self.run.accelerator.log(tracked, step=self.run.progress.done)  # trackers want steps in order
+    if line['score'] >= max(before, default=0.):
+        mark_best(self.run.folder, line['done'], line['score'])
 
 @patch
 def start(self:Evaluations,
@@ -175,7 +177,7 @@ def finish(self:Evaluations,
     self.write(self.weights(stage), results, time.perf_counter() - began)
     return results
 
-# %% ../../nbs/7_scale/04e_beside.ipynb #f79dc917
+# %% ../../nbs/7_scale/04e_beside.ipynb #e111a1b4
 @patch
 def repeat(self:Evaluations,
     pending:dict|None, # What the checkpoint says was being evaluated
@@ -188,6 +190,7 @@ def repeat(self:Evaluations,
         self.start(pending)
         return pending['done'] == self.run.progress.done
     if self.run.accelerator.is_main_process:
-        print(f"the evaluation of step {pending['done']} was cut off, and its checkpoint is gone: it is "
+        print(f"the evaluation of step {pending['done']} was cut off, and its checkpoint is gone: "
+              f"it is "
               "missing in evaluations.jsonl", file=sys.stderr)
     return False

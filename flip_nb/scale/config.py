@@ -15,11 +15,12 @@ from ..loop import Stage, plan_stages, scaled_lr
 from ..official.recipe import OFFICIAL_TUNING, get_recipe, virtual_steps
 from .options import build, check, flatten, option, resumable
 
-# %% ../../nbs/7_scale/04b_config.ipynb #4cd093b4
+# %% ../../nbs/7_scale/04b_config.ipynb #9f7cf10d
 @dataclass(frozen=True)
 class DataConfig:
     "What to train on."
-    # scenes (made on the fly), a folder or glob of parquet, WebDataset shards or images, or a hub name
+    # scenes (made on the fly), a folder or glob of parquet, WebDataset shards or images, or a hub
+    # name
     data:str = option('scenes')
     image_column:str|None = option(None) # Column with images; found by default
     caption_column:str|None = option(None) # Column with captions; found by default
@@ -29,9 +30,11 @@ class DataConfig:
     # Read shards (parquet, WebDataset) where they lie, for data that fit nowhere else; --data may
     # then name several sets, with commas between them
     stream:bool = option(False)
-    # With --stream: share of the pairs from each data set, such as 2,1; default: by their numbers of shards
+    # With --stream: share of the pairs from each data set, such as 2,1; default: by their numbers
+    # of shards
     weights:str|None = option(None)
-    pairs:int|None = option(None, least=1) # With --stream: pairs of one pass, for --epochs; default: counted
+    # With --stream: pairs of one pass, for --epochs; default: counted
+    pairs:int|None = option(None, least=1)
     # With --stream: records that are shuffled together, for every worker
     buffer_size:int = option(1000, least=1)
     # Processes per rank that read and decode
@@ -39,29 +42,33 @@ class DataConfig:
     # Largest share of the first 10,000 rows that may be broken
     max_broken:float = option(0.1, least=0, resume=True)
 
+# %% ../../nbs/7_scale/04b_config.ipynb #4cd25778
 @dataclass(frozen=True)
 class ModelConfig:
     "What to train."
-    # Folder of a run or of a converted model, or its name on the hub, whose weights and vocabulary to
+    # Folder of a run or of a converted model, or its name on the hub, whose weights and vocabulary
+    # to
     # start from
     init:str|None = option(None)
     # tiny, mini, small, b16, l16, l14 or h14; default: that of the recipe, else tiny for scenes and
     # mini for other data. With --init: what that model must be
     preset:str|None = option(None)
-    # vocab.txt, tokenizer.json, a folder with one, or a hub name such as bert-base-uncased; default:
+    # vocab.txt, tokenizer.json, a folder with one, or a hub name such as bert-base-uncased;
+    # default:
     # learned from the captions
     vocab:str|None = option(None)
     # Most word pieces of a vocabulary that is learned from the captions, also where a recipe has
     # another; default: 4096
     vocab_size:int|None = option(None, least=1)
 
-# %% ../../nbs/7_scale/04b_config.ipynb #fd69c2dd
+# %% ../../nbs/7_scale/04b_config.ipynb #0dac939e
 @dataclass(frozen=True)
 class MaskingConfig:
     "What to drop while training."
     # Fraction of image patches to drop, in [0, 1); default: 0.5
     mask_ratio:float|None = option(None, least=0, below=1)
-    text_mask_ratio:float = option(0., least=0, below=1) # Fraction of text tokens to drop, in [0, 1)
+    # Fraction of text tokens to drop, in [0, 1)
+    text_mask_ratio:float = option(0., least=0, below=1)
     # Which text tokens go first
     text_mask_order:str = option('random', choices=('random', 'padding_first'))
 
@@ -72,12 +79,14 @@ class StageConfig:
     steps:int|None = option(None, least=1)
     # Passes over the data, instead of --steps; default for other data: 60
     epochs:float|None = option(None, above=0)
-    lr:float|None = option(None, least=0) # Peak learning rate; default: by recipe and batch, else 2e-3
+    # Peak learning rate; default: by recipe and batch, else 2e-3
+    lr:float|None = option(None, least=0)
     # Steps of linear rise; default: the share of the recipe, else a twentieth of the steps
     warmup_steps:int|None = option(None, least=0)
     # Steps of unmasked tuning; default: none with a recipe, else a twentieth of the steps
     tune_steps:int|None = option(None, least=0)
-    tune_lr:float|None = option(None, least=0) # Peak learning rate of tuning; default: a tenth of --lr
+    # Peak learning rate of tuning; default: a tenth of --lr
+    tune_lr:float|None = option(None, least=0)
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -93,7 +102,7 @@ class OptimConfig:
     # Steps in a row without finite gradients after which the run stops; fewer are skipped
     max_bad_steps:int = option(10, least=1, resume=True)
 
-# %% ../../nbs/7_scale/04b_config.ipynb #22081adc
+# %% ../../nbs/7_scale/04b_config.ipynb #405dda62
 @dataclass(frozen=True)
 class MachineConfig:
     "Where and how it runs."
@@ -111,7 +120,8 @@ class MachineConfig:
 class SaveConfig:
     "The run folder."
     out:str|None = option(None, resume=True) # Run folder; default: the next free one under runs/
-    # Run folder to resume, from its newest good checkpoint; where there is no run yet, one is started
+    # Run folder to resume, from its newest good checkpoint; where there is no run yet, one is
+    # started
     resume:str|None = option(None, resume=True)
     # Steps between checkpoints, each at the next log line; 0 only at the end of a stage
     save_every:int = option(500, least=0, resume=True)
@@ -124,18 +134,21 @@ class SaveConfig:
 class LogConfig:
     "What to report."
     log_every:int = option(20, least=1) # Steps between log lines
-    # Steps between evaluations beside training, each at the next log line; 0 only before and after tuning
+    # Steps between evaluations beside training, each at the next log line; 0 only before and after
+    # tuning
     eval_every:int = option(0, least=0, resume=True)
     eval_size:int = option(2000, least=1) # Scenes of each kind in an evaluation
-    # Experiment trackers by name, such as tensorboard,wandb; auto: TensorBoard where it is installed; none
+    # Experiment trackers by name, such as tensorboard,wandb; auto: TensorBoard where it is
+    # installed; none
     track:str = option('auto', resume=True)
     quiet:bool = option(False, resume=True) # No progress bar and no table
 
-# %% ../../nbs/7_scale/04b_config.ipynb #d15e7a2c
+# %% ../../nbs/7_scale/04b_config.ipynb #e5b8e5be
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that a run can be asked for."
-    # Settings of an official model, by a name of the table below; every option that you give wins over it
+    # Settings of an official model, by a name of the table below; every option that you give wins
+    # over it
     recipe:str|None = option(None)
     seed:int = option(0) # Seed of weights, order, masks and scenes
     data:DataConfig = DataConfig()
@@ -154,7 +167,7 @@ def changed(
     "Options with a few others, checked again."
     return build(TrainConfig, flatten(config) | values)
 
-# %% ../../nbs/7_scale/04b_config.ipynb #708fc5bc
+# %% ../../nbs/7_scale/04b_config.ipynb #2aeb11e9
 DEFAULTS = dict(mask_ratio=0.5, batch_size=128, lr=2e-3, weight_decay=0.2, grad_clip=0.,
                 min_area=0.5, vocab_size=4096)
 
@@ -171,21 +184,25 @@ def check_together(
     o = flatten(config)
     chosen = {k for k,v in o.items() if v is not None}
     if {'steps', 'epochs'} <= chosen:
-        raise ValueError(f"give either steps or epochs, not both (got {o['steps']} and {o['epochs']})")
+        raise ValueError(f"give either steps or epochs, not both (got {o['steps']} and "
+                         f"{o['epochs']})")
     for name in ('weights', 'pairs'):
         if name in chosen and not o['stream']:
             raise ValueError(f"--{name} {o[name]} is for data that are streamed: give --stream too")
     if {'init', 'vocab'} <= chosen:
-        raise ValueError("give either --init or --vocab, not both: a trained model keeps its vocabulary")
+        raise ValueError("give either --init or --vocab, not both: a trained model keeps its "
+                         "vocabulary")
     if 'vocab_size' in chosen and chosen & {'init', 'vocab'}:
-        raise ValueError("--vocab_size is for a vocabulary that is learned from the captions; it goes "
+        raise ValueError("--vocab_size is for a vocabulary that is learned from the captions; it "
+                         "goes "
                          "with neither --init nor --vocab")
     if not str(o['recipe']).endswith('-tune'): return
     if o['tune_steps']:
         raise ValueError(f"recipe {o['recipe']!r} is a tuning itself: give --steps for its length, "
                          "not --tune_steps")
     if not o['init']:
-        raise ValueError(f"recipe {o['recipe']!r} starts from trained weights: give --init and the folder "
+        raise ValueError(f"recipe {o['recipe']!r} starts from trained weights: give --init and the "
+                         f"folder "
                          f"of a run of {o['recipe'].removesuffix('-tune')!r}")
 
 # %% ../../nbs/7_scale/04b_config.ipynb #002df64f
@@ -204,13 +221,14 @@ def resolve(
     if not o['init'] and not o['preset']: o['preset'] = default_preset(o['data'])
     return build(TrainConfig, o)
 
-# %% ../../nbs/7_scale/04b_config.ipynb #e6e1c907
+# %% ../../nbs/7_scale/04b_config.ipynb #4a3aff58
 def stages_of(
     config:TrainConfig, # Options in which nothing is open
 ) -> list[Stage]: # What to do
     "Masked training, then tuning."
     s = config.stages
-    return plan_stages(s.steps, s.tune_steps, config.masking.mask_ratio, s.lr, s.tune_lr, s.warmup_steps,
+    return plan_stages(s.steps, s.tune_steps, config.masking.mask_ratio, s.lr, s.tune_lr,
+                       s.warmup_steps,
                        config.optim.grad_clip)
 
 def fill_in_steps(
@@ -232,7 +250,7 @@ def fill_in_steps(
     if o['warmup_steps'] is None: o['warmup_steps'] = int(o['steps']*share + 1e-6)
     return build(TrainConfig, o)
 
-# %% ../../nbs/7_scale/04b_config.ipynb #a78586c3
+# %% ../../nbs/7_scale/04b_config.ipynb #ffacef84
 def resume_config(
     values:dict, # Flat name to value, defaults included; has 'resume'
     chosen:set[str], # Names of those that somebody gave
@@ -243,12 +261,13 @@ def resume_config(
     try: stored = json.loads(path.read_text())
     except ValueError as e:
         raise ValueError(f"{str(path)!r} is not JSON, so the run cannot be resumed: {e}") from e
-    if values['mixed_precision'] == 'auto': chosen = chosen - {'mixed_precision'}   # settled by then
+    if values['mixed_precision'] == 'auto': chosen = chosen - {'mixed_precision'}  # settled by then
     for name in sorted(chosen):
         if name in resumable(TrainConfig): stored[name] = values[name]
         elif stored.get(name) != values[name]:
             raise ValueError(
-                f"the run in {str(path.parent)!r} was started with {name} {stored.get(name)!r}, not "
+                f"the run in {str(path.parent)!r} was started with {name} {stored.get(name)!r}, "
+                f"not "
                 f"{values[name]!r}; leave --{name} away, or start another run")
     stored |= dict(out=str(path.parent), resume=str(values['resume']))
     return build(TrainConfig, values | stored)

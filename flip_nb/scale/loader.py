@@ -27,12 +27,13 @@ from ..scenes import Scenes, caption_scenes
 from ..text import CaptionTokenizer
 from ..zero_shot import evaluate_pairs, evaluate_scenes, gather_objects, processes
 
-# %% ../../nbs/7_scale/04c_loader.ipynb #7b6f6d0d
+# %% ../../nbs/7_scale/04c_loader.ipynb #4f8a4319
 @dataclass
 class RunData:
     "What a run needs to know about its data."
     train:Dataset|list[Source] # Training pairs, or the sources of a stream
-    captions:object # Function () that returns captions for a tokenizer; called only where it is needed
+    # Function () that returns captions for a tokenizer; called only where it is needed
+    captions:object
     evaluate:object # Function (model, tokenizer) that returns scores
 
 def scene_captions(
@@ -43,7 +44,7 @@ def scene_captions(
     index = np.arange(number)
     return caption_scenes(scenes.stream + 1, index, scenes.draw(index))
 
-# %% ../../nbs/7_scale/04c_loader.ipynb #2e24944b
+# %% ../../nbs/7_scale/04c_loader.ipynb #241240ea
 def open_named(
     config:TrainConfig, # Options
     image_size:int, # Side of the images in pixels
@@ -60,12 +61,15 @@ def open_named(
         scenes = Scenes('train', image_size, seed=config.seed)
         return RunData(scenes, partial(scene_captions, scenes),
                        partial(evaluate_scenes, size=config.log.eval_size, seed=config.seed))
-    pairs = load_pairs(d.data, image_size, d.image_column, d.caption_column, d.min_area, not d.no_flip)
+    pairs = load_pairs(d.data, image_size, d.image_column, d.caption_column, d.min_area,
+                       not d.no_flip)
     if 'train' not in pairs:
-        raise ValueError(f"{d.data!r} has no rows to train on; its only split is {', '.join(pairs)}")
+        raise ValueError(f"{d.data!r} has no rows to train on; its only split is "
+                         f"{', '.join(pairs)}")
     test = pairs.get('test', pairs.get('val'))
     if test is None:
-        raise ValueError(f"{d.data!r} has {len(pairs['train'])} rows and no test split; give it a test "
+        raise ValueError(f"{d.data!r} has {len(pairs['train'])} rows and no test split; give it a "
+                         f"test "
                          "split, or ten rows at least")
     return RunData(pairs['train'], partial(corpus, pairs['train']),
                    partial(evaluate_pairs, pairs=test, workers=workers))
@@ -91,7 +95,7 @@ def no_scores(
     empty = dict(zero_shot=None, zero_shot_unseen=None, retrieval=None)
     return empty | dict(chance=empty)
 
-# %% ../../nbs/7_scale/04c_loader.ipynb #267698e9
+# %% ../../nbs/7_scale/04c_loader.ipynb #23fd068a
 def open_object(
     dataset, # Data set of (image, caption), `Pairs`, `Scenes`, or a dict of splits of these
     config:TrainConfig, # Options
@@ -100,19 +104,24 @@ def open_object(
     "Data that somebody made."
     if config.data.stream: raise ValueError("a stream is opened by name: give data, not dataset")
     splits = dataset if isinstance(dataset, dict) else dict(train=dataset)
-    if 'train' not in splits: raise ValueError(f"the dataset has no split 'train', only {', '.join(splits)}")
+    if 'train' not in splits:
+        raise ValueError(f"the dataset has no split 'train', only {', '.join(splits)}")
     train,test = splits['train'],splits.get('test', splits.get('val'))
     if isinstance(train, Scenes):
         return RunData(train, partial(scene_captions, train),
                        partial(evaluate_scenes, size=config.log.eval_size, seed=config.seed))
     image = train[0][0]
-    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape != (3, image_size, image_size):
-        found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-        raise ValueError(f"an item of the dataset must be (image, caption) with an image (3, {image_size}, "
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape != (3, image_size,
+        image_size):
+        found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image,
+            Tensor) else type(image).__name__
+        raise ValueError(f"an item of the dataset must be (image, caption) with an image (3, "
+                         f"{image_size}, "
                          f"{image_size}) of uint8, got {found}")
     first = lambda: [train[i][1] for i in range(min(5000, len(train)))]
     captions = partial(corpus, train) if hasattr(train, 'texts') else first
-    evaluate = partial(evaluate_pairs, pairs=test, workers=config.data.workers) if test else no_scores
+    evaluate = partial(evaluate_pairs, pairs=test,
+                       workers=config.data.workers) if test else no_scores
     return RunData(train if hasattr(train, 'texts') else Triples(train), captions, evaluate)
 
 def open_train_data(
@@ -170,7 +179,7 @@ def make_stream(
     if loader.note and accelerator.is_main_process: print(loader.note, file=sys.stderr)
     return loader
 
-# %% ../../nbs/7_scale/04c_loader.ipynb #5b84f354
+# %% ../../nbs/7_scale/04c_loader.ipynb #b0dad57e
 def count_rows(
     config:TrainConfig, # Options
     pairs:Dataset|list[Source], # Training pairs, or the sources of a stream
@@ -178,7 +187,8 @@ def count_rows(
     "The length of a pass, which must hold a batch at least. Every process has to call it."
     batch_size,(rank,world) = config.optim.batch_size,processes()
     if batch_size % world:
-        raise ValueError(f"batch_size {batch_size} is not divisible by the {world} processes; choose "
+        raise ValueError(f"batch_size {batch_size} is not divisible by the {world} processes; "
+                         f"choose "
                          "another --batch_size")
     if not config.data.stream: rows = len(pairs)
     elif config.data.pairs or config.stages.steps: rows = config.data.pairs
@@ -200,10 +210,11 @@ def deliver(
         if state := batch.pop('state', None): lanes[state['lane']] = state
         yield send_to_device(batch, device, non_blocking=True)
 
-# %% ../../nbs/7_scale/04c_loader.ipynb #27bbb7f0
+# %% ../../nbs/7_scale/04c_loader.ipynb #0cd794c9
 def new_model(
     config:ModelConfig, # Options
-    captions, # Function () that returns captions to learn pieces from; called only where they are needed
+    # Function () that returns captions to learn pieces from; called only where they are needed
+    captions,
 ) -> FLIP: # Fresh weights, with a tokenizer
     "A model and a vocabulary to start with."
     if config.vocab:
@@ -216,7 +227,7 @@ def new_model(
     flip.tokenizer = tokenizer                                  # saved with the weights
     return flip
 
-# %% ../../nbs/7_scale/04c_loader.ipynb #b2856c73
+# %% ../../nbs/7_scale/04c_loader.ipynb #ecf16a6f
 def load_model(
     init:str|Path, # Folder or hub name
     preset:str|None=None, # What that model must be
@@ -228,15 +239,17 @@ def load_model(
             f"the tokenizer in {str(init)!r} has {tokenizer.vocab_size} pieces, but the model "
             f"{flip.config.vocab_size} token vectors: they are not of one run")
     wanted = preset_config(preset) if preset else flip.config
-    for name in (f.name for f in fields(wanted) if f.name != 'vocab_size'):     # rows are the vocabulary's
+    # rows are the vocabulary's
+    for name in (f.name for f in fields(wanted) if f.name != 'vocab_size'):
         has,asked = getattr(flip.config, name),getattr(wanted, name)
         if has != asked:
-            raise ValueError(f"the model in {str(init)!r} has {name} {has!r}, but preset {preset!r} has "
+            raise ValueError(f"the model in {str(init)!r} has {name} {has!r}, but preset "
+                             f"{preset!r} has "
                              f"{asked!r}; give the --preset of that model, or another --init")
     flip.tokenizer = tokenizer
     return flip
 
-# %% ../../nbs/7_scale/04c_loader.ipynb #2d0eedd9
+# %% ../../nbs/7_scale/04c_loader.ipynb #49495622
 def open_model_and_data(
     accelerator:Accelerator, # Where to run
     config:TrainConfig, # Options
@@ -248,7 +261,8 @@ def open_model_and_data(
     m = config.model
     if checkpoint: model = load_model(checkpoint)
     elif model is not None:
-        if model.tokenizer is None: raise ValueError("the model has no tokenizer; set model.tokenizer")
+        if model.tokenizer is None:
+            raise ValueError("the model has no tokenizer; set model.tokenizer")
         model = model.train()
     elif m.init: model = load_model(m.init, m.preset)
     image_size = (model.config if model is not None else preset_config(m.preset)).image_size

@@ -26,7 +26,7 @@ from .config import SaveConfig
 from .setup import is_sharded
 from ..zero_shot import gather_objects
 
-# %% ../../nbs/7_scale/04d_run.ipynb #9dcdc90a
+# %% ../../nbs/7_scale/04d_run.ipynb #896e563c
 @dataclass
 class Progress:
     "Where a run stands."
@@ -40,7 +40,8 @@ class Progress:
     in_a_row:int = 0 # How many of them came last, without a good step since
     losses:list = field(default_factory=list) # Loss of every step since the last log line
     norms:list = field(default_factory=list) # Gradient norms of these steps, by part
-    finished:list = field(default_factory=list) # Of every stage that is over: its seconds and results
+    # Of every stage that is over: its seconds and results
+    finished:list = field(default_factory=list)
     files:dict = field(default_factory=dict) # Bytes of the logs
     lanes:dict = field(default_factory=dict) # Where every reader of a stream stands
 
@@ -96,7 +97,7 @@ def count_bad_steps(
         worst = max(worst, progress.in_a_row)
     return worst
 
-# %% ../../nbs/7_scale/04d_run.ipynb #092b7902
+# %% ../../nbs/7_scale/04d_run.ipynb #c7fe2c80
 @dataclass
 class Run:
     "What the parts of a run share."
@@ -123,16 +124,18 @@ class Run:
         self.schedule.load_state_dict(saved['schedule'])
         a = self.accelerator
         if a.scaler: a.scaler.load_state_dict(saved['scaler'])
-        if len(saved['random']) == a.num_processes: set_random_state(saved['random'][a.process_index])
+        if len(saved['random']) == a.num_processes:
+            set_random_state(saved['random'][a.process_index])
 
-# %% ../../nbs/7_scale/04d_run.ipynb #e1efa7f4
+# %% ../../nbs/7_scale/04d_run.ipynb #cbae4eea
 def cut_logs(
     run:Run, # Whose progress knows how long the logs were
 ):
     "Forget the lines that were written after the checkpoint."
     rank = run.accelerator.process_index
     for path in log_files(run.folder):
-        mine = path.name == f'skipped-{rank}.jsonl' if path.name.startswith('skipped') else rank == 0
+        mine = rank == 0
+        if path.name.startswith('skipped'): mine = path.name == f'skipped-{rank}.jsonl'
         if mine: os.truncate(path, min(path.stat().st_size, run.progress.files.get(path.name, 0)))
 
 def own_lanes(
@@ -143,7 +146,7 @@ def own_lanes(
     return {lane: state for rank,lanes in enumerate(known) for lane,state in lanes.items()
             if lane//max(1, workers) == rank}
 
-# %% ../../nbs/7_scale/04d_run.ipynb #d90a5ddf
+# %% ../../nbs/7_scale/04d_run.ipynb #5baf14b1
 def publish(
     checkpoint:Path, # Checkpoint
     folder:Path, # Run folder
@@ -166,9 +169,10 @@ def advice(
     again = ('start another run with a lower --lr, a longer --warmup_steps, --grad_clip 1 or '
              '--mixed_precision no')
     if path is None: return f"no weights had been saved yet; {again}"
-    return f"the last finite weights are in {path}; {again} (with --init {path} it begins from these weights)"
+    return (f"the last finite weights are in {path}; {again} (with --init {path} it begins from "
+            "these weights)")
 
-# %% ../../nbs/7_scale/04d_run.ipynb #fff5597e
+# %% ../../nbs/7_scale/04d_run.ipynb #ad5f4544
 class Checkpoints:
     "Saves a run, now and then."
     def __init__(self,
@@ -178,16 +182,17 @@ class Checkpoints:
         beside=None, # `Evaluations` beside training, if there are any
     ):
         self.run,self.config,self.workers,self.beside = run,config,workers,beside
-        self.last = run.progress.done or None                   # steps that had been done at the last one
+        self.last = run.progress.done or None  # steps that had been done at the last one
 
     def state(self) -> dict: # What a checkpoint holds besides the weights
         "Gather it; every process has to call it."
-        run,pending = self.run,self.beside and self.beside.pending()    # asked before the size of its log
+        # asked before the size of its log
+        run,pending = self.run,self.beside and self.beside.pending()
         run.progress.files = {p.name: p.stat().st_size for p in log_files(run.folder)}
         own = gather_objects(dict(random=random_state(), lanes=run.progress.lanes))
         lanes = own_lanes([o['lanes'] for o in own], self.workers)
         training = training_state(run.wrapped, run.optimizer)
-        training.pop('model', None)                             # the weights have a file of their own
+        training.pop('model', None)  # the weights have a file of their own
         scaler = run.accelerator.scaler
         return dict(
             progress=progress_state(run.progress) | dict(lanes=lanes), training=training,
@@ -202,11 +207,12 @@ class Checkpoints:
         def fill(folder):
             model.save_pretrained(folder)
             save_state(folder/'state.pt', state)
-        spare = [state['pending']['done']] if state['pending'] else []  # it may still turn out to be the best
+        # it may still turn out to be the best
+        spare = [state['pending']['done']] if state['pending'] else []
         folder,done = self.run.folder,self.run.progress.done
         publish(save_checkpoint(folder, done, fill, self.config.keep, spare=spare), folder)
 
-# %% ../../nbs/7_scale/04d_run.ipynb #27ab1285
+# %% ../../nbs/7_scale/04d_run.ipynb #bb21585c
 def save_run(
     checkpoints:Checkpoints, # Of the run
     must:bool=False, # Whether there will be no other chance
@@ -226,9 +232,11 @@ def save_run(
     except OSError as e:
         fault = f"the checkpoint of step {done} could not be written ({e.strerror or e}). Make room"
     if must or c.config.on_save_error == 'stop':                # raised on every process
-        gather_objects(ValueError(f"{fault}, then resume with --resume {run.folder}") if fault else None)
+        gather_objects(ValueError(f"{fault}, then resume with --resume {run.folder}")
+                       if fault else None)
     elif fault:
-        print(f"{fault}: training continues, and tries again at the next checkpoint", file=sys.stderr)
+        print(f"{fault}: training continues, and tries again at the next checkpoint",
+              file=sys.stderr)
     if not any(gather_objects(bool(fault))): c.last = done
 
 # %% ../../nbs/7_scale/04d_run.ipynb #e221e556

@@ -29,7 +29,7 @@ def fast_bf16() -> bool: # True where bfloat16 products run on hardware made for
     able = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
     return bool(able.get('avx512_bf16') or able.get('amx_bf16'))
 
-# %% ../../nbs/7_scale/04a_setup.ipynb #7ebd17b9
+# %% ../../nbs/7_scale/04a_setup.ipynb #b5e710ab
 def settle(
     state, # `Accelerator` or accelerate's `PartialState`
     threads:int=0, # CPU threads per process; 0 shares the cores among the processes
@@ -38,19 +38,21 @@ def settle(
     world,local = (int(os.environ.get(k, 1)) for k in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
     if state.num_processes != world:
         raise ValueError(
-            f"{world} processes were launched but {state.num_processes} found each other; launch with "
+            f"{world} processes were launched but {state.num_processes} found each other; launch "
+            f"with "
             f"`accelerate launch --multi_gpu --num_processes {world}`, on CPUs with "
             "`accelerate launch --config_file configs/cpu.yaml`")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     if state.device.type == 'cpu': torch.set_num_threads(threads or max(1, cores//local))
 
-# %% ../../nbs/7_scale/04a_setup.ipynb #aac9df63
+# %% ../../nbs/7_scale/04a_setup.ipynb #5fa03a74
 def choose_precision(
     mixed_precision:str, # 'auto', 'no', 'bf16' or 'fp16'
 ) -> str: # 'no', 'bf16' or 'fp16'
     "Turn 'auto' into what the launcher was given, or else what pays on this machine."
     if mixed_precision not in (known := ('auto', 'no', 'bf16', 'fp16')):
-        raise ValueError(f"mixed_precision must be one of {', '.join(known)}, got {mixed_precision!r}")
+        raise ValueError(f"mixed_precision must be one of {', '.join(known)}, got "
+                         f"{mixed_precision!r}")
     if mixed_precision != 'auto': return mixed_precision
     launched = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
     return launched if launched != 'no' else 'bf16' if fast_bf16() else 'no'
@@ -64,15 +66,17 @@ def make_accelerator(
     "One process or many, CPU or GPU, as launched."
     precision = choose_precision(mixed_precision)
     if AcceleratorState._shared_state.get('_mixed_precision', precision) != precision:
-        AcceleratorState._reset_state()                         # an earlier run of this process chose another
+        AcceleratorState._reset_state()  # an earlier run of this process chose another
     handlers = [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+                DistributedDataParallelKwargs(broadcast_buffers=False,
+                                              gradient_as_bucket_view=True)]
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), mixed_precision=precision, kwargs_handlers=handlers,
         log_with=list(trackers) or None, project_dir='.')
     sharding = os.environ.get('ACCELERATE_USE_FSDP') == 'true'
     if sharding and accelerator.distributed_type != DistributedType.FSDP:
-        raise ValueError("sharding (FSDP) was asked for, but accelerate does it on GPUs only; launch with "
+        raise ValueError("sharding (FSDP) was asked for, but accelerate does it on GPUs only; "
+                         "launch with "
                          "another configuration, such as configs/cpu.yaml")
     settle(accelerator, threads)
     return accelerator
@@ -132,7 +136,7 @@ def memory_gb(
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)/2**30
     return psutil.Process().memory_info().rss/2**30
 
-# %% ../../nbs/7_scale/04a_setup.ipynb #0797dc62
+# %% ../../nbs/7_scale/04a_setup.ipynb #8aa1ab30
 @contextmanager
 def lost_process(
     accelerator:Accelerator, # Where the run runs
@@ -146,5 +150,6 @@ def lost_process(
         if accelerator.num_processes == 1 or not lost: raise
         cause = re.sub(r'^\[.*?\] ?', '', str(e).splitlines()[0])
         raise ValueError(
-            f"process {accelerator.process_index} lost another one, which ended or did not answer for "
+            f"process {accelerator.process_index} lost another one, which ended or did not answer "
+            f"for "
             f"{timeout} seconds ({cause}); resume with --resume {folder}") from e

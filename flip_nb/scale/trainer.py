@@ -83,7 +83,7 @@ def prepare_towers(
     if config.machine.compile: compile_towers(flip)
     return flip
 
-# %% ../../nbs/7_scale/05_trainer.ipynb #d38d9810
+# %% ../../nbs/7_scale/05_trainer.ipynb #77cd189c
 def start_folder(
     accelerator:Accelerator, # Where the run runs
     config:TrainConfig, # Options in which nothing is open
@@ -111,17 +111,20 @@ def open_loader(
 ) -> DataLoader: # Batches of this process, from the next step on
     "The batches that are still to come."
     flip,text = run.model,config.masking.text_mask_ratio
-    collate,noise = Collate(flip.tokenizer, flip.config.padding_mask and not text),noise_sizes(flip, text)
+    collate,noise = Collate(flip.tokenizer, flip.config.padding_mask and not text),noise_sizes(flip,
+        text)
     if not config.data.stream:
         steps = range(run.progress.done, sum(s.steps for s in stages_of(config)))
-        return make_loader(run.accelerator, data.train, collate, config.optim.batch_size, config.seed,
+        return make_loader(run.accelerator, data.train, collate, config.optim.batch_size,
+                           config.seed,
                            noise, steps, config.data.workers)
-    loader = make_stream(run.accelerator, data.train, flip.config.image_size, collate, config, noise,
+    loader = make_stream(run.accelerator, data.train, flip.config.image_size, collate, config,
+                         noise,
                          dict(run.progress.lanes))
-    if loader.note: run.progress.lanes.clear()                  # a new pass: the old places mean nothing
+    if loader.note: run.progress.lanes.clear()  # a new pass: the old places mean nothing
     return loader
 
-# %% ../../nbs/7_scale/05_trainer.ipynb #8ba6bf9e
+# %% ../../nbs/7_scale/05_trainer.ipynb #f03450b1
 def check_steps(
     run:Run, # The run
     step:Step, # The last one
@@ -130,7 +133,8 @@ def check_steps(
     "Take the numbers from the device; stop a run that has diverged."
     p,a = run.progress,run.accelerator
     losses,norms = (torch.stack([x.to(a.device) for x in xs]) for xs in (p.losses, p.norms))
-    losses,norms = a.reduce(losses, 'mean').cpu(),norms.cpu()   # those of a checkpoint came from the CPU
+    # those of a checkpoint came from the CPU
+    losses,norms = a.reduce(losses, 'mean').cpu(),norms.cpu()
     p.losses,p.norms = [],[]
     if (bad := count_bad_steps(p, norms)) < max_bad_steps: return losses, norms
     cause = explain_divergence(a, run.model, step.batch, towers(run.model), norms[-1])
@@ -138,7 +142,7 @@ def check_steps(
         f"the gradients of {bad} steps in a row were not finite, up to step {p.step} of the "
         f"{step.stage.name} stage; {advice(run.folder)}. {cause}")
 
-# %% ../../nbs/7_scale/05_trainer.ipynb #6cb5c6e3
+# %% ../../nbs/7_scale/05_trainer.ipynb #ed515475
 def log_line(
     run:Run, # The run
     step:Step, # The last one
@@ -151,8 +155,9 @@ def log_line(
     mean = lambda x: x[good].mean().item() if good.any() else None
     line = dict(
         stage=step.stage.name, step=p.step, seconds=p.seconds, loss=mean(losses),
-        logit_scale=clamped_exp(full(run.model.logit_scale)).item(), lr=run.schedule.get_last_lr()[0],
-        grad_norm=mean(norms.norm(dim=1)), pairs_per_second=p.step*config.optim.batch_size/p.seconds,
+        logit_scale=clamped_exp(full(run.model.logit_scale)).item(),
+        lr=run.schedule.get_last_lr()[0], grad_norm=mean(norms.norm(dim=1)),
+        pairs_per_second=p.step*config.optim.batch_size/p.seconds,
         data_wait=p.waited/p.worked, memory_gb=memory_gb(a.device), skipped_steps=p.skipped)
     p.waited = p.worked = 0.
     numbers = {k: v for k,v in line.items() if isinstance(v, (int, float)) and k != 'step'}
@@ -192,7 +197,7 @@ class Parts:
     saved:dict|None # State of the checkpoint; let go when the first stage has it
     began:float # When, by `time.perf_counter`
 
-# %% ../../nbs/7_scale/05_trainer.ipynb #a0d703d3
+# %% ../../nbs/7_scale/05_trainer.ipynb #2bca5017
 def open_run(
     config:TrainConfig, # Resolved options, or those of the run in the folder to resume
     dataset=None, # Object to train on instead of --data
@@ -205,7 +210,7 @@ def open_run(
     path,saved = open_checkpoint(a, c.save.out if c.save.resume else None, c.log.quiet)
     flip,data = open_model_and_data(a, c, path, dataset, model)
     rows = count_rows(c, data.train)
-    c = changed(c, mixed_precision=a.mixed_precision)           # a run that resumes elsewhere keeps it
+    c = changed(c, mixed_precision=a.mixed_precision)  # a run that resumes elsewhere keeps it
     if not c.save.resume: c = start_folder(a, fill_in_steps(c, rows), flip.tokenizer)
     if a.is_main_process and not c.log.quiet: print(describe_run(c, a.num_processes))
     began,k = time.perf_counter(),c.masking
@@ -247,13 +252,14 @@ def checkpoint_is_due(
     due = step.is_due(parts.config.save.save_every, parts.config.log.log_every)
     return step.is_last or evaluation_is_due(parts, step) or due and not parts.run.progress.in_a_row
 
-# %% ../../nbs/7_scale/05_trainer.ipynb #91e9697f
+# %% ../../nbs/7_scale/05_trainer.ipynb #e1dc8343
 def begin_stage(
     parts:Parts, # The run
     stage:Stage, # Which begins, or continues
 ):
     "A fresh optimiser, or everything as it was in the checkpoint."
-    (saved,parts.saved),run = (parts.saved, None),parts.run     # as large as the model and its optimiser
+    # as large as the model and its optimiser
+    (saved,parts.saved),run = (parts.saved, None),parts.run
     run.begin(stage, parts.config.optim.weight_decay, saved=saved)
     if saved is None: return
     repeated = parts.evaluations.repeat(saved['pending'])
@@ -266,7 +272,7 @@ def stop_run(
 ):
     "Save, wait for the others, and leave."
     save_run(parts.checkpoints, must=True, leave=True)
-    parts.run.accelerator.wait_for_everyone()                   # a launcher ends the others soon after the first
+    parts.run.accelerator.wait_for_everyone()  # a launcher ends the others soon after the first
     raise Interrupted(f"{signal}; saved, resume with --resume {parts.run.folder}")
 
 @contextmanager
@@ -278,10 +284,10 @@ def ending(
     try:
         with lost_process(a, config.machine.timeout, parts.run.folder): yield
     finally:
-        parts.evaluations.cancel()                              # a stop does not wait for a long evaluation
+        parts.evaluations.cancel()  # a stop does not wait for a long evaluation
         a.end_training()
 
-# %% ../../nbs/7_scale/05_trainer.ipynb #c2a02a25
+# %% ../../nbs/7_scale/05_trainer.ipynb #2dc006a5
 class Trainer:
     "A run, from its options to its results."
     def __init__(self,
@@ -301,7 +307,8 @@ class Trainer:
                 begin_stage(parts, stage)
                 bar = progress_bar(stage, p.step, c.log.quiet or not a.is_main_process)
                 since = time.perf_counter()
-                for step in training_steps(a, run.wrapped, run.optimizer, run.schedule, batches, stage,
+                for step in training_steps(a, run.wrapped, run.optimizer, run.schedule, batches,
+                                           stage,
                                            parts.backward, p.step):
                     p.add(step); bar.update()
                     due = step.is_due(log_every)
