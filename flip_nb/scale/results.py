@@ -14,19 +14,20 @@ from .config import TrainConfig, stages_of
 from .run import Run
 from ..zero_shot import results_table
 
-# %% ../../nbs/7_scale/04f_results.ipynb #a5577085
+# %% ../../nbs/7_scale/04f_results.ipynb #a3c28717
 def describe_run(
     config:TrainConfig, # Options in which nothing is open
     processes:int=1, # On how many processes
 ) -> str: # One line
     "What a run is going to do."
-    parts = [f"{s.steps:,} steps at {s.mask_ratio:.0%} dropped, peak lr {s.lr:.3g}, warm-up {s.warmup_steps:,}"
+    parts = [f"{s.steps:,} steps at {s.mask_ratio:.0%} dropped, peak lr {s.lr:.3g}, warm-up "
+             f"{s.warmup_steps:,}"
              for s in stages_of(config)]
     many = f"{processes} process{'es' if processes > 1 else ''}"
     return (f"{config.model.preset or config.model.init} on {Path(config.data.data).name}, "
             f"{config.optim.batch_size:,} pairs per step on {many}: " + '; then '.join(parts))
 
-# %% ../../nbs/7_scale/04f_results.ipynb #653f4ba0
+# %% ../../nbs/7_scale/04f_results.ipynb #9c4e6074
 def plot_run(
     folder:str|Path, # Run folder
 ): # Matplotlib figure
@@ -34,22 +35,26 @@ def plot_run(
     import json
     from math import log
     from matplotlib.figure import Figure                        # not pyplot: nothing is left open
-    lines,fig,done = read_lines(Path(folder)/'metrics.jsonl'),Figure(figsize=(7, 2.6), layout='constrained'),0
+    lines,fig,done = read_lines(Path(folder)/'metrics.jsonl'),Figure(figsize=(7, 2.6),
+        layout='constrained'),0
     axs = fig.subplots(1, 2)
     for k,name in enumerate(dict.fromkeys(line['stage'] for line in lines)):
         part = [line for line in lines if line['stage'] == name]
-        x,style = [done + line['step'] for line in part],dict(color=f'C{k}', ls=('-', '--')[k % 2], label=name)
+        x,style = [done + line['step'] for line in part],dict(color=f'C{k}', ls=('-', '--')[k % 2],
+            label=name)
         axs[0].plot(x, [line['loss'] for line in part], **style)
         axs[1].plot(x, [1/line['logit_scale'] for line in part], **style)
         done = x[-1]
     config = Path(folder)/'train_config.json'
     if config.exists():
-        axs[0].axhline(log(json.loads(config.read_text())['batch_size']), color='grey', lw=.8, ls=':')
-    axs[0].set(xlabel='step', ylabel='InfoNCE loss'); axs[1].set(xlabel='step', ylabel='temperature')
+        axs[0].axhline(log(json.loads(config.read_text())['batch_size']), color='grey', lw=.8,
+                       ls=':')
+    axs[0].set(xlabel='step', ylabel='InfoNCE loss')
+    axs[1].set(xlabel='step', ylabel='temperature')
     axs[0].legend(frameon=False)
     return fig
 
-# %% ../../nbs/7_scale/04f_results.ipynb #7b86f4df
+# %% ../../nbs/7_scale/04f_results.ipynb #58051e95
 def card_metrics(
     results:dict, # Evaluation of a model
 ) -> dict[str,float]: # Name of each score, chance included, to its value in [0, 1]
@@ -58,10 +63,11 @@ def card_metrics(
     if results.get('zero_shot') is not None:
         out[f"zero-shot accuracy (chance {chance['zero_shot']:.2%})"] = results['zero_shot']
     for way,scores in (results.get('retrieval') or {}).items():
-        out |= {f"{way} {k} (chance {chance['retrieval'][way][k]:.2%})": v for k,v in scores.items()}
+        out |= {f"{way} {k} (chance {chance['retrieval'][way][k]:.2%})": v for k,
+                v in scores.items()}
     return out
 
-# %% ../../nbs/7_scale/04f_results.ipynb #25829631
+# %% ../../nbs/7_scale/04f_results.ipynb #da73adb1
 def collect_results(
     run:Run, # Finished
     config:TrainConfig, # Its options
@@ -70,11 +76,13 @@ def collect_results(
 ) -> dict: # What goes into results.json
     "Scores, speed, and where they come from."
     stages,finished,batch = stages_of(config),run.progress.finished,config.optim.batch_size
-    before,last,seconds = finished[0]['results'],finished[-1]['results'],[f['seconds'] for f in finished]
+    before,last,seconds = finished[0]['results'],finished[-1]['results'],[f['seconds']
+        for f in finished]
     a,keys = run.accelerator,('zero_shot', 'zero_shot_unseen', 'retrieval')
     return last | {f'{k}_before_tuning': before[k] for k in keys} | dict(
         pairs_per_second=stages[0].steps*batch/seconds[0], pairs=sum(s.steps for s in stages)*batch,
-        train_seconds=sum(seconds), wall_seconds=wall_seconds, skipped_in_training=sum(skipped.values()),
+        train_seconds=sum(seconds), wall_seconds=wall_seconds,
+        skipped_in_training=sum(skipped.values()),
         skipped_by_kind=skipped, skipped_steps=run.progress.skipped, seed=config.seed,
         processes=a.num_processes, device=a.device.type, mixed_precision=a.mixed_precision,
         torch=torch.__version__)
@@ -92,8 +100,10 @@ def report_results(
         kinds = ', '.join(f'{n} x {kind}' for kind,n in skipped.items())
         print(f"{sum(skipped.values())} rows could not be used and were skipped ({kinds}); "
               f"{run.folder/'skipped-0.jsonl'} names them")
-    if n := results['skipped_steps']: print(f"{n} steps were skipped because a gradient was not finite")
-    print(f"{results['pairs_per_second']:,.0f} pairs/s, {results['wall_seconds']:.0f} seconds in all; "
+    if n := results['skipped_steps']:
+        print(f"{n} steps were skipped because a gradient was not finite")
+    print(f"{results['pairs_per_second']:,.0f} pairs/s, {results['wall_seconds']:.0f} seconds in "
+          f"all; "
           f"everything is in {run.folder}")
 
 # %% ../../nbs/7_scale/04f_results.ipynb #fe1bc30e
