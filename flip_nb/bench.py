@@ -14,7 +14,6 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
-from types import SimpleNamespace
 import torch
 from fastcore.script import anno_parser
 from PIL import Image
@@ -26,12 +25,14 @@ from .data.pairs import decode_image, like_a_photo, load_image, to_float, train_
 from .loss import info_nce, normalize
 from .masking import encoder_flops, num_kept
 from .model import FLIP, FLIPConfig, preset_config
-from .official.recipe import Stage
+from .loop import Stage
 from .transformer import fast_linear
 from .scale.accumulate import compile_towers
-from .scale.checkpoint import write_json
-from .loop import contrastive_backward, guarded_step, make_optimizer, prepare_model, towers
-from .train import make_accelerator
+from .files import write_json
+from .scale.trainer import contrastive_backward
+from .loop import guarded_step, make_optimizer, towers
+from .scale.setup import prepare_model
+from .scale.setup import make_accelerator
 
 # %% ../nbs/7_scale/08_bench.ipynb #fea1a832
 def count_parameters(
@@ -126,12 +127,11 @@ def our_step(
     weight_decay:float=.2, # AdamW's decay of matrices
 ) -> dict: # Mask ratio to a function without arguments: one step of `flip_nb.train`
     "The steps that we measure."
-    options = SimpleNamespace(micro_batch=0, loss_chunk=0, text_mask_ratio=0., text_mask_order='random')
     stage = lambda r: Stage('bench', 10**9, r, 1e-5, 0)
     model,parts = prepare_model(accelerator, flip),towers(flip)
     optimizer,_ = make_optimizer(accelerator, model, stage(0.), weight_decay)
     def step(mask_ratio):
-        contrastive_backward(accelerator, model, batch, stage(mask_ratio), options)
+        contrastive_backward(accelerator, model, batch, stage(mask_ratio))
         guarded_step(accelerator, optimizer, parts)
     return {r: partial(step, r) for r in mask_ratios}
 

@@ -28,16 +28,21 @@ from .data.pairs import Pairs, eval_transform
 from .evaluation.look import confident_mistakes, confusion_matrix, new_figure, retrieval_gallery
 from .loss import clamped_exp, normalize
 from .masking import num_kept
-from .zero_shot import (SCENE_NAMES, SCENE_TEMPLATES, average_prompts, check_finite_rows, encode_captions, encode_pictures, evaluate_pairs, evaluate_scenes, evaluating,
-                             gather_objects, processes, ranks, retrieval_chance, retrieval_ranks, retrieval_recall, similarity, top_k_accuracy, zero_shot_classifier)
+from .zero_shot import (
+    average_prompts, check_finite_rows, encode_captions, encode_images, evaluating, ranks,
+    retrieval_chance, retrieval_ranks, retrieval_recall, SCENE_NAMES, SCENE_TEMPLATES, similarity,
+    top_k_accuracy, zero_shot_classifier)
+from .evaluation.scores import evaluate_pairs, evaluate_scenes
+from .distributed import gather_objects, in_turns, processes
 from .model import FLIP
 from .evaluation.probe import Extracted, check_task, class_numbers, digest, extract_features, fingerprints, knn_predict, linear_probe, open_pictures, wilson_interval
 from .evaluation.datasets import TestSet, open_test_set, templates, text_classifier
 from .evaluation.robustness import masked_view_curve, robustness_curve, severity_figure, views_figure
 from .scenes import Scenes
 from .text import CaptionTokenizer
-from .scale.checkpoint import write_json
-from .train import new_run_folder, settle
+from .files import write_json
+from .files import new_run_folder
+from .scale.setup import settle
 
 # %% ../nbs/5_evaluation/06_evaluate.ipynb #c6ccc887
 class Score(NamedTuple):
@@ -205,7 +210,7 @@ def retrieval_task(
     found,device = job_features(job),next(job.flip.parameters()).device
     texts = caption_lists(job.data.splits['test'], found.rows)
     captions,image_of_text = [c for t in texts for c in t],torch.arange(len(texts)).repeat_interleave(torch.tensor([len(t) for t in texts]))
-    text_features = encode_captions(job.flip, job.tokenizer, captions)
+    text_features = encode_captions(job.flip, job.tokenizer, captions, turns=in_turns)
     ranks,chance = retrieval_ranks(found.features.to(device), text_features, image_of_text),retrieval_chance(image_of_text, len(texts))
     out = [Score('retrieval', f'{way} R@{k}', (ranks[way] < k).cpu(), chance[way][f'R@{k}'], groups=image_of_text if way == 't2i' else None)
            for way in ('i2t', 't2i') for k in (1, 5, 10)]
@@ -276,7 +281,7 @@ def masked_views_task(
     "Zero-shot accuracy from one masked view or the average of several (Li et al. 2023, table 1d)."
     places,pictures = sample_pictures(job, job.options.pictures)
     labels,classifier,chance = job_labels(job)[places],job_classifier(job),1/len(job.data.class_names)
-    whole = (similarity(encode_pictures(job.flip, pictures.split(256)), classifier).argmax(1).cpu() == labels)[None]
+    whole = (similarity(encode_images(job.flip, pictures.split(256), turns=in_turns), classifier).argmax(1).cpu() == labels)[None]
     curves = {f'{ratio:.0%}': masked_view_curve(job.flip, classifier, pictures, labels, ratio, VIEWS, seed=job.options.seed, correct=True) for ratio in (.5, .75)}
     out = [Score('masked_views', 'whole picture', whole[0], chance)]
     for name,right in curves.items(): out += [Score('masked_views', f"{name} dropped, {n} view{'s'*(n > 1)}", r, chance) for n,r in zip(VIEWS, right)]

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn, Tensor
-from .data.pairs import to_float
+from .model import to_float
 from .loss import clamped_exp, info_nce
 from .model import FLIP
 

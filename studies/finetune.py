@@ -18,7 +18,7 @@ from flip_nb.model import FLIP
 from flip_nb.evaluation.probe import class_numbers, extract_features, linear_probe
 from flip_nb.evaluation.datasets import open_test_set
 from flip_nb.scenes import COLOURS, Scenes
-from flip_nb.scale.checkpoint import write_json
+from flip_nb.files import write_json
 from flip_nb.train import train
 
 TEST = 1000

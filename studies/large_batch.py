@@ -25,7 +25,7 @@ from fastcore.script import call_parse
 from flip_nb.scale.accumulate import cached_backward, checkpoint_blocks, compile_towers, split_batch
 from flip_nb.loss import info_nce, normalize
 from flip_nb.model import FLIP
-from flip_nb.official.recipe import parameter_groups
+from flip_nb.loop import parameter_groups
 from flip_nb.scenes import Scenes
 from flip_nb.text import CaptionTokenizer
 

@@ -17,7 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 import torch
 from fastcore.script import call_parse
-from flip_nb.data.pairs import Collate, to_float
+from flip_nb.data.pairs import Collate
+from flip_nb.model import to_float
 from flip_nb.files import read_lines, write_json
 from flip_nb.loop import parameter_groups
 from flip_nb.loss import info_nce

@@ -17,7 +17,7 @@ from flip_nb.zero_shot import SCENE_NAMES, SCENE_TEMPLATES, zero_shot_classifier
 from flip_nb.model import FLIP
 from flip_nb.evaluation.robustness import masked_view_curve, robustness_curve
 from flip_nb.scenes import Scenes
-from flip_nb.scale.checkpoint import write_json
+from flip_nb.files import write_json
 from flip_nb.train import train
 
 COUNTS = (1, 2, 4, 8)

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from ..core import find_file, nearest
 from ..data.pairs import IMAGE_NAMES, SPLITS, Pairs, eval_transform, find_column, hold_out, load_rows, pair_columns
-from ..zero_shot import gather_objects, processes, top_k_accuracy, zero_shot_classifier
+from ..distributed import gather_objects, in_turns, processes
+from ..zero_shot import top_k_accuracy, zero_shot_classifier
 from ..model import FLIP
 from .probe import digest
 from ..text import CaptionTokenizer
@@ -418,7 +419,7 @@ def text_classifier(
     if z is None and path and main: z = read_classifier(path)
     z = gather_objects(z)[0]                                                    # all processes build one, or none
     built = z is None
-    if built: z = zero_shot_classifier(flip, tokenizer, class_names, templates).cpu()
+    if built: z = zero_shot_classifier(flip, tokenizer, class_names, templates, in_turns).cpu()
     if path and main and (built or not path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(dict(classifier=z.contiguous()), path.with_suffix('.part'), dict(digest=digest(z)))

@@ -17,7 +17,7 @@ from functools import partial
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
-from ..data.pairs import to_float
+from ..model import to_float
 from ..loss import normalize
 from ..masking import restore, take_tokens
 from ..zero_shot import evaluating, ranks, similarity

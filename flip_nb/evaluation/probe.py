@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from ..data.pairs import AllRows, Pairs, eval_transform, leave_signals, to_float
-from ..zero_shot import MAX_SCORES, evaluating, gather_objects, good_batch_size, processes, similarity
+from ..zero_shot import evaluating, MAX_SCORES, similarity
+from ..distributed import gather_objects, processes
+from .scores import good_batch_size
 from ..loss import normalize
 from ..model import FLIP
-from ..scale.checkpoint import write_json
+from ..files import write_json
 
 # %% ../../nbs/5_evaluation/01_probe.ipynb #0b372233
 def image_features(

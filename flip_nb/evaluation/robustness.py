@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 from ..core import nearest
-from ..data.pairs import to_float
-from ..zero_shot import encode_pictures, evaluating, similarity
+from ..model import to_float
+from ..distributed import in_turns
+from ..zero_shot import encode_images, evaluating, similarity
 from ..loss import normalize
 from ..masking import num_kept
 
@@ -167,7 +168,7 @@ def robustness_curve(
     names = list(corruptions) if names is None else names
     def right(name, severity):
         g = torch.Generator().manual_seed(seed)
-        features = encode_pictures(model, (corrupt(x, name, severity, g, corruptions) for x in images.split(chunk)))
+        features = encode_images(model, (corrupt(x, name, severity, g, corruptions) for x in images.split(chunk)), turns=in_turns)
         return similarity(features, classifier).argmax(1).cpu() == labels.cpu()
     check_labels(images, labels)
     for name in names: corrupt(images[:1], name, 0, corruptions=corruptions)            # unknown names now, not after an hour

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
-from ..data.pairs import IMAGENET_MEAN, IMAGENET_STD, decode_image
+from ..model import IMAGENET_MEAN, IMAGENET_STD
+from ..data.pairs import decode_image
 
 # %% ../../nbs/6_official/03_preprocess.ipynb #05b43366
 def cubic(

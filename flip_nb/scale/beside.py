@@ -19,7 +19,7 @@ from ..files import append_line, read_lines
 from ..loop import Stage, full
 from .checkpoint import mark_best
 from .run import Run
-from ..zero_shot import talk_group
+from ..distributed import talk_group
 
 # %% ../../nbs/7_scale/04e_beside.ipynb #c16df11b
 class Cancelled(Exception):

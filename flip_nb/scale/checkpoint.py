@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from ..files import folder_fault, write_folder, write_json
-from ..zero_shot import gather_objects, processes
+from ..distributed import gather_objects, processes
 
 # %% ../../nbs/7_scale/04_checkpoint.ipynb #7cfdbd4e
 def checkpoints(

@@ -25,7 +25,8 @@ from ..official.recipe import load_tokenizer
 from .config import DataConfig, ModelConfig, TrainConfig
 from ..scenes import Scenes, caption_scenes
 from ..text import CaptionTokenizer
-from ..zero_shot import evaluate_pairs, evaluate_scenes, gather_objects, processes
+from ..evaluation.scores import evaluate_pairs, evaluate_scenes
+from ..distributed import gather_objects, processes
 
 # %% ../../nbs/7_scale/04c_loader.ipynb #4f8a4319
 @dataclass

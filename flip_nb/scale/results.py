@@ -12,7 +12,7 @@ from ..files import read_lines, write_json
 from ..loop import Stage
 from .config import TrainConfig, stages_of
 from .run import Run
-from ..zero_shot import results_table
+from ..evaluation.scores import results_table
 
 # %% ../../nbs/7_scale/04f_results.ipynb #a3c28717
 def describe_run(

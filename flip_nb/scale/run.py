@@ -24,7 +24,7 @@ from .checkpoint import (
     set_random_state, training_state)
 from .config import SaveConfig
 from .setup import is_sharded
-from ..zero_shot import gather_objects
+from ..distributed import gather_objects
 
 # %% ../../nbs/7_scale/04d_run.ipynb #896e563c
 @dataclass

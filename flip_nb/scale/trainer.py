@@ -27,7 +27,8 @@ from ..data.stream import SkippedRows
 from ..files import append_line, log_files, new_run_folder, write_json
 from ..loop import (
     Stage, Step, TrainingDiverged, encode_batch, full, towers, training_steps)
-from ..loss import clamped_exp, global_info_nce
+from ..loss import clamped_exp
+from ..distributed import global_info_nce
 from ..model import FLIP
 from .accumulate import cached_backward, checkpoint_blocks, compile_towers, split_batch
 from .beside import Evaluations
@@ -42,7 +43,7 @@ from .run import (
     progress_from, publish, save_run)
 from .setup import (
     choose_trackers, explain_divergence, lost_process, make_accelerator, memory_gb, prepare_model)
-from ..zero_shot import gather_objects
+from ..distributed import gather_objects
 
 # %% ../../nbs/7_scale/05_trainer.ipynb #2d79eb46
 def contrastive_backward(
