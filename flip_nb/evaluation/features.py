@@ -7,7 +7,7 @@ __all__ = ['image_features', 'FeatureKind', 'Extracted', 'open_pictures', 'diges
            'embed_batch', 'add_part', 'open_together', 'compute_rounds', 'as_extracted', 'extract_features',
            'class_numbers']
 
-# %% ../../nbs/5_evaluation/01_features.ipynb #834881ff
+# %% ../../nbs/5_evaluation/01_features.ipynb #eb90dec1
 import hashlib, json
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from ..data.pairs import AllRows, Pairs, eval_transform, leave_signals, to_float
-from ..model import FLIP
-from ..scale.checkpoint import write_json
-from ..zero_shot import evaluating, gather_objects, good_batch_size, processes
+from ..data.pairs import AllRows, Pairs, eval_transform, leave_signals
+from ..distributed import gather_objects, processes
+from .scores import good_batch_size
+from ..files import write_json
+from ..model import FLIP, to_float
+from ..zero_shot import evaluating
 
 # %% ../../nbs/5_evaluation/01_features.ipynb #1bad28b6
 def image_features(
