@@ -35,9 +35,12 @@ from .zero_shot import (
 from .evaluation.scores import evaluate_pairs, evaluate_scenes
 from .distributed import gather_objects, in_turns, processes
 from .model import FLIP
-from .evaluation.probe import Extracted, check_task, class_numbers, digest, extract_features, fingerprints, knn_predict, linear_probe, open_pictures, wilson_interval
+from .evaluation.features import (FeatureKind,
+    class_numbers, digest, extract_features, Extracted, fingerprints, open_pictures)
+from .evaluation.probe import check_task, knn_predict, linear_probe, wilson_interval
 from .evaluation.datasets import TestSet, open_test_set, templates, text_classifier
-from .evaluation.robustness import masked_view_curve, robustness_curve, severity_figure, views_figure
+from .evaluation.views import masked_view_curve, views_figure
+from .evaluation.robustness import ZeroShotTask, robustness_curve, severity_figure
 from .scenes import Scenes
 from .text import CaptionTokenizer
 from .files import write_json
@@ -142,7 +145,8 @@ def job_features(
         silent = [i for i,value in enumerate(answers(pairs)) if not pairs.texts(i, value)]    # rows that will be skipped
         prints = fingerprints(flip, open_pictures(pairs, flip.config.image_size), silent=silent, mask_ratio=o.mask_ratio, seed=o.seed)
         path = Path(o.features)/f'{digest(*prints.values())}.npy' if o.features else None
-        z = extract_features(flip, pairs, path, o.batch_size, o.mask_ratio, workers=o.workers, seed=o.seed, quiet=o.quiet)
+        kind = FeatureKind(o.mask_ratio, seed=o.seed)
+        z = extract_features(flip, pairs, path, o.batch_size, kind, o.workers, o.quiet)
         return z
     def project():                                                                # the embedding is one product away
         z,device = job_features(job, split, projected=False),next(flip.parameters()).device
@@ -269,7 +273,8 @@ def robustness_task(
 ) -> tuple[list[Score],dict]: # Scores, and figures by name
     "Zero-shot accuracy on damaged pictures."
     places,pictures = sample_pictures(job, job.options.pictures)
-    curve = robustness_curve(job.flip, job_classifier(job), pictures, job_labels(job)[places], seed=job.options.seed, chunk=job.options.batch_size or 250, correct=True)
+    task = ZeroShotTask(job_classifier(job), pictures, job_labels(job)[places])
+    curve = robustness_curve(job.flip, task, seed=job.options.seed, chunk=job.options.batch_size or 250, correct=True)
     chance = 1/len(job.data.class_names)
     out = [Score('robustness', 'unchanged', curve['correct_clean'], chance)]
     out += [Score('robustness', name.replace('_', ' '), right.double().mean(0), chance) for name,right in curve['correct'].items()]
@@ -282,7 +287,8 @@ def masked_views_task(
     places,pictures = sample_pictures(job, job.options.pictures)
     labels,classifier,chance = job_labels(job)[places],job_classifier(job),1/len(job.data.class_names)
     whole = (similarity(encode_images(job.flip, pictures.split(256), turns=in_turns), classifier).argmax(1).cpu() == labels)[None]
-    curves = {f'{ratio:.0%}': masked_view_curve(job.flip, classifier, pictures, labels, ratio, VIEWS, seed=job.options.seed, correct=True) for ratio in (.5, .75)}
+    task = ZeroShotTask(classifier, pictures, labels)
+    curves = {f'{ratio:.0%}': masked_view_curve(job.flip, task, ratio, VIEWS, seed=job.options.seed, correct=True) for ratio in (.5, .75)}
     out = [Score('masked_views', 'whole picture', whole[0], chance)]
     for name,right in curves.items(): out += [Score('masked_views', f"{name} dropped, {n} view{'s'*(n > 1)}", r, chance) for n,r in zip(VIEWS, right)]
     figure = views_figure({job.model: {k: r.double().mean(1).tolist() for k,r in curves.items()}}, {job.model: whole.double().mean().item()}, VIEWS, chance)

@@ -32,7 +32,8 @@ from .masking import num_kept
 from .zero_shot import evaluating
 from .distributed import gather_objects
 from .model import FLIP, FLIPConfig, load_weights, make_config
-from .evaluation.probe import class_numbers, extract_features, open_pictures, wilson_interval
+from .evaluation.features import FeatureKind, class_numbers, extract_features, open_pictures
+from .evaluation.probe import wilson_interval
 from .loop import parameter_groups, scaled_lr, Stage
 from .evaluation.datasets import TestSet, classification_scores, need_labels, open_test_set, text_classifier
 from .files import write_json

@@ -22,7 +22,7 @@ from flip_nb.data.pairs import decode_image, eval_transform, load_pairs
 from flip_nb.model import to_float
 from flip_nb.zero_shot import evaluating
 from flip_nb.model import FLIP
-from flip_nb.evaluation.probe import extract_features
+from flip_nb.evaluation.features import extract_features
 from flip_nb.files import write_json
 
 def timed(func):

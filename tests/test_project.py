@@ -85,7 +85,7 @@ def test_a_notebook_and_its_module_share_a_name():
     assert len(set(exporting.values())) == len(exporting), f'two notebooks export one module: {exporting}'
     for p,name in exporting.items():
         part,_,stem = name.rpartition('.')
-        assert re.fullmatch(rf'\d+_{stem}\.ipynb', p.name), f'{p.name} exports {name}'
+        assert re.fullmatch(rf'\d+[a-z]?_{stem}\.ipynb', p.name), f'{p.name} exports {name}'
         assert not part or p.parent.name.endswith(f'_{part}'), f'{p.parent.name}/{p.name} exports {name}'
 
 

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 from ..masking import encoder_flops, num_kept
 from ..model import FLIP, FLIPConfig
-from ..transformer import fast_linear
+from .fast import fast_linear
 
 # %% ../../nbs/7_scale/08_clock.ipynb #fea1a832
 def count_parameters(

@@ -13,7 +13,7 @@ from functools import partial
 from statistics import median
 import torch
 from torch import nn, Tensor
-from ..data.pairs import to_float
+from ..model import to_float
 from ..loop import Stage, guarded_step, make_optimizer, towers
 from ..model import FLIP, FLIPConfig, preset_config
 from .accumulate import compile_towers
