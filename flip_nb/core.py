@@ -34,7 +34,8 @@ def nearest(
 
 # %% ../nbs/1_method/00_core.ipynb #9b40ae20
 def find_file(
-    source:str|os.PathLike, # Local folder, or a repository on the Hugging Face hub such as 'user/name'
+    # Local folder, or a repository on the Hugging Face hub such as 'user/name'
+    source:str|os.PathLike,
     name:str, # File wanted, such as 'config.json'
     revision:str|None=None, # Branch, tag or commit of the repository; None: its newest state
 ) -> str: # Path of the file on this machine
@@ -42,18 +43,23 @@ def find_file(
     if os.path.isdir(source):
         path = os.path.join(source, name)
         if not os.path.isfile(path):
-            raise ValueError(f"{str(source)!r} has no {name}; its files: {', '.join(sorted(os.listdir(source))[:8]) or 'none'}")
+            raise ValueError(
+                f"{str(source)!r} has no {name}; its files: "
+                f"{', '.join(sorted(os.listdir(source))[:8]) or 'none'}")
         return path
     parent,last = os.path.split(os.path.normpath(source))
     if os.path.isdir(parent):
         raise ValueError(f"there is no folder {str(source)!r}." + nearest(last,
-                                                                          sorted(os.listdir(parent))[:8]))
+                                                                          sorted(
+                                                                          os.listdir(parent))[:8]))
     if not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', str(source)):
         raise ValueError(f"there is no folder {str(source)!r}")
     from huggingface_hub import hf_hub_download
     try: return hf_hub_download(str(source), name, revision=revision)
     except Exception as e:
-        raise ValueError(f"{str(source)!r} is no local folder, and {name} could not be fetched from the Hugging Face hub: {type(e).__name__}, {str(e).splitlines()[0]:.150}") from e
+        raise ValueError(
+            f"{str(source)!r} is no local folder, and {name} could not be fetched from the "
+            f"Hugging Face hub: {type(e).__name__}, {str(e).splitlines()[0]:.150}") from e
 
 # %% ../nbs/1_method/00_core.ipynb #dac901c2
 def set_style():
@@ -62,7 +68,8 @@ def set_style():
     from cycler import cycler
     colours,styles = ['#0072B2', '#D55E00', '#009E73', '#CC79A7'],['-', '--', '-.', ':']
     plt.rcParams.update({
-        'axes.prop_cycle': cycler(color=colours) + cycler(linestyle=styles), 'image.cmap': 'cividis',
+        'axes.prop_cycle': cycler(color=colours) + cycler(linestyle=styles),
+        'image.cmap': 'cividis',
         'figure.figsize': (5, 3), 'figure.dpi': 100, 'figure.constrained_layout.use': True,
         'axes.spines.top': False, 'axes.spines.right': False})
 

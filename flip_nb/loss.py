@@ -32,15 +32,21 @@ def info_nce(
     image_features:Tensor, # Image embeddings (B, E), unit length
     text_features:Tensor, # Text embeddings (B, E), unit length; row i belongs to image i
     logit_scale:Tensor|float, # Factor on cosine similarities, 1/temperature, already exponentiated
-    chunk_size:int|None=None, # Rows and columns of similarities held at a time; None holds all (B, B)
-) -> Tensor: # Scalar, mean of image-to-text and text-to-image cross-entropy, in float32 (or float64)
+    # Rows and columns of similarities held at a time; None holds all (B, B)
+    chunk_size:int|None=None,
+) -> Tensor: # Scalar in float32 (or float64), mean over both directions of the cross-entropy
     "Symmetric InfoNCE over the batch (Li et al. 2023, section 3.1), in float32 at least."
     v,t = float_pair(image_features, text_features)
     if v.ndim != 2 or v.shape != t.shape:
-        raise ValueError(f"image_features {tuple(v.shape)} and text_features {tuple(t.shape)} must both be (B, E): row i of both is one pair")
-    if chunk_size is not None: return (row_cross_entropy(v, t, logit_scale, 0, chunk_size) + row_cross_entropy(t, v, logit_scale, 0, chunk_size)) / 2
+        raise ValueError(
+            f"image_features {tuple(v.shape)} and text_features {tuple(t.shape)} must both be (B, "
+            f"E): row i of both is one pair")
+    if chunk_size is not None:
+        return (row_cross_entropy(v, t, logit_scale, 0, chunk_size)
+                + row_cross_entropy(t, v, logit_scale, 0, chunk_size)) / 2
     with torch.autocast(v.device.type, enabled=False):
-        logits = logit_scale * v @ t.T                                                  # (B, B), row i belongs to image i
+        # (B, B), row i belongs to image i
+        logits = logit_scale * v @ t.T
         target = torch.arange(len(logits), device=logits.device)                        # (B,)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -62,7 +68,8 @@ class BlockwiseCrossEntropy(torch.autograd.Function):
         "A running logsumexp for every row; the logits are forgotten."
         total = rows.new_full((len(rows),), -math.inf)                                  # (B,)
         for r,lse in zip((scale*rows).split(chunk_size), total.split(chunk_size)):
-            for c in columns.split(chunk_size): lse.copy_(torch.logaddexp(lse, (r @ c.T).logsumexp(1)))
+            for c in columns.split(chunk_size):
+                lse.copy_(torch.logaddexp(lse, (r @ c.T).logsumexp(1)))
         ctx.save_for_backward(rows, columns, scale, total)
         ctx.first,ctx.chunk_size = first,chunk_size
         return (total - scale*(rows * columns[first:first+len(rows)]).sum(1)).mean()
@@ -72,16 +79,19 @@ class BlockwiseCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         "Probability minus target, from logits that are computed again."
         rows,columns,scale,total = ctx.saved_tensors
-        own,split = slice(ctx.first, ctx.first + len(rows)),lambda *xs: zip(*(x.split(ctx.chunk_size) for x in xs))
+        own = slice(ctx.first, ctx.first + len(rows))
+        split = lambda *xs: zip(*(x.split(ctx.chunk_size) for x in xs))
         grad_rows,grad_columns = -columns[own],torch.zeros_like(columns)
         grad_columns[own] -= rows
         with torch.autocast(rows.device.type, enabled=False):
             for r,scaled,lse,gr in split(rows, scale*rows, total, grad_rows):
                 for c,gc in split(columns, grad_columns):
-                    p = torch.addmm(-lse[:, None], scaled, c.T).exp_()                  # probabilities of one block
+                    # probabilities of one block
+                    p = torch.addmm(-lse[:, None], scaled, c.T).exp_()
                     gr.addmm_(p, c); gc.addmm_(p.T, r)
         grad_scale = (grad_rows*rows).sum()*grad/len(rows)
-        return grad_rows.mul_(scale*grad/len(rows)), grad_columns.mul_(scale*grad/len(rows)), grad_scale, None, None
+        return grad_rows.mul_(
+            scale*grad/len(rows)), grad_columns.mul_(scale*grad/len(rows)), grad_scale, None, None
 
 # %% ../nbs/1_method/05_loss.ipynb #b59aefc8
 def row_cross_entropy(
@@ -92,10 +102,16 @@ def row_cross_entropy(
     chunk_size:int|None=None, # Rows and columns of logits held at a time; None holds all (B, N)
 ) -> Tensor: # Scalar, mean over the rows
     "Which column is mine? Asked by every row, in float32 at least."
-    if chunk_size is not None and chunk_size < 1: raise ValueError(f"chunk_size must be at least 1, or None for all at once, got {chunk_size}")
-    if not 0 <= first <= len(columns) - len(rows): raise ValueError(f"{len(rows)} rows from column {first} on do not fit into {len(columns)} columns")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(
+            f"chunk_size must be at least 1, or None for all at once, got {chunk_size}")
+    if not 0 <= first <= len(columns) - len(rows):
+        raise ValueError(
+            f"{len(rows)} rows from column {first} on do not fit into {len(columns)} columns")
     rows,columns = float_pair(rows, columns)
     scale = torch.as_tensor(logit_scale, dtype=rows.dtype, device=rows.device).reshape(())
     with torch.autocast(rows.device.type, enabled=False):
-        if chunk_size is not None: return BlockwiseCrossEntropy.apply(rows, columns, scale, first, chunk_size)
-        return F.cross_entropy(scale*rows @ columns.T, torch.arange(first, first + len(rows), device=rows.device))
+        if chunk_size is not None:
+            return BlockwiseCrossEntropy.apply(rows, columns, scale, first, chunk_size)
+        return F.cross_entropy(scale*rows @ columns.T,
+                               torch.arange(first, first + len(rows), device=rows.device))

@@ -18,7 +18,9 @@ def patchify(
     B,C,H,W = images.shape
     P = patch_size
     if P < 1 or H % P or W % P:
-        raise ValueError(f"image size {H}x{W} is not divisible by patch_size {P}; resize the images or choose another patch_size")
+        raise ValueError(
+            f"image size {H}x{W} is not divisible by patch_size {P}; resize the images or choose "
+            f"another patch_size")
     x = images.reshape(B, C, H//P, P, W//P, P)               # (B, C, rows, P, cols, P)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C*P*P) # (B, N, C*P*P)
 
@@ -31,7 +33,8 @@ def unpatchify(
     "Put patches back where they came from."
     B,N,_ = patches.shape
     (H,W),P = image_size,patch_size
-    if H % P or W % P or N != (H//P)*(W//P): raise ValueError(f"{N} patches of size {P} do not tile an image of {H}x{W}")
+    if H % P or W % P or N != (H//P)*(W//P):
+        raise ValueError(f"{N} patches of size {P} do not tile an image of {H}x{W}")
     x = patches.reshape(B, H//P, W//P, -1, P, P)             # (B, rows, cols, C, P, P)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(B, -1, H, W)  # (B, C, H, W)
 
@@ -41,7 +44,9 @@ def num_kept(
     mask_ratio:float, # Fraction of tokens to drop, in [0, 1)
 ) -> int: # Number of tokens kept, `K` >= 1
     "Tokens left per sample after masking."
-    if not 0 <= mask_ratio < 1: raise ValueError(f"mask_ratio is the fraction of tokens dropped and must be in [0, 1), got {mask_ratio}")
+    if not 0 <= mask_ratio < 1:
+        raise ValueError(
+            f"mask_ratio is the fraction of tokens dropped and must be in [0, 1), got {mask_ratio}")
     return max(1, int(n*(1-mask_ratio) + 1e-6))
 
 # %% ../nbs/1_method/01_masking.ipynb #3028a393
@@ -57,14 +62,20 @@ def random_mask(
     x:Tensor, # Tokens (B, N, D), without the class token
     mask_ratio:float=0.5, # Fraction of tokens to drop, in [0, 1)
     noise:Tensor|None=None, # One number per token (B, N), the smallest are kept; None draws U[0, 1)
-    generator:torch.Generator|None=None, # Random source on `x.device` for the draw; None uses the global one
-    bias:Tensor|None=None, # Added to the noise, (B, N) or (N,); the larger, the sooner a token is dropped
-) -> tuple[Tensor,Tensor]: # Kept tokens (B, K, D) and their positions in `x` (B, K), both in shuffled order
+    # Random source on `x.device` for the draw; None uses the global one
+    generator:torch.Generator|None=None,
+    # Added to the noise, (B, N) or (N,); the larger, the sooner a token is dropped
+    bias:Tensor|None=None,
+) -> tuple[Tensor,
+           # Kept tokens (B, K, D) and their positions in `x` (B, K), both in shuffled order
+           Tensor]:
     "Keep a different random subset of `K` tokens of every sample (Li et al. 2023, section 3.1)."
     B,N,_ = x.shape
     K = num_kept(N, mask_ratio)
     if noise is None: noise = torch.rand(B, N, device=x.device, generator=generator)  # (B, N)
-    elif noise.shape != (B, N): raise ValueError(f"noise must have shape {(B, N)}, one number per token, got {tuple(noise.shape)}")
+    elif noise.shape != (B, N):
+        raise ValueError(
+            f"noise must have shape {(B, N)}, one number per token, got {tuple(noise.shape)}")
     if bias is not None: noise = noise + bias
     ids_keep = noise.argsort(dim=1, stable=True)[:, :K]      # (B, K)
     return take_tokens(x, ids_keep), ids_keep
@@ -87,8 +98,13 @@ def encoder_flops(
     embed_dim:int, # Encoder width, `D`
     depth:int, # Number of blocks
     mlp_ratio:float=4., # Hidden width of the MLP over `D`
-) -> dict[str,int]: # FLOPs of one forward pass of one sample: 'linear' (grows with tokens), 'attention' (with their square), 'total'
+) -> dict[str,
+          # FLOPs of one forward pass of one sample: 'linear' (grows with tokens), 'attention' (with
+          # their square), 'total'
+          int]:
     "Matrix-multiplication FLOPs of a transformer encoder; a multiply-add counts as two."
-    linear = depth * 2*num_tokens*embed_dim**2 * (4 + 2*mlp_ratio)   # qkv and output projection; two MLP layers
-    attention = depth * 2*2*num_tokens**2*embed_dim                  # scores, and the weighted sum of values
+    # qkv and output projection; two MLP layers
+    linear = depth * 2*num_tokens*embed_dim**2 * (4 + 2*mlp_ratio)
+    # scores, and the weighted sum of values
+    attention = depth * 2*2*num_tokens**2*embed_dim
     return dict(linear=int(linear), attention=int(attention), total=int(linear + attention))

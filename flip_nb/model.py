@@ -26,16 +26,20 @@ IMAGENET_MEAN,IMAGENET_STD = (0.485, 0.456, 0.406),(0.229, 0.224, 0.225)
 @cache
 def colour_constants(
     device:torch.device, # Where the images are
-) -> tuple[Tensor,Tensor]: # 255 times ImageNet's mean, and one over 255 times its deviation, (3, 1, 1) each
+) -> tuple[Tensor,
+           # 255 times ImageNet's mean, and one over 255 times its deviation, (3, 1, 1) each
+           Tensor]:
     "Made once for every device: a GPU would wait for each copy."
-    mean,std = (255*torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    mean,std = (255*torch.tensor(x, device=device).view(3, 1, 1)
+                for x in (IMAGENET_MEAN, IMAGENET_STD))
     return mean, 1/std
 
 def to_float(
     images:Tensor, # Images (B, 3, H, W), uint8
 ) -> Tensor: # Normalised images (B, 3, H, W), float32
-    "Scale to [0, 1] and normalise with ImageNet's mean and standard deviation; runs on the images' device."
-    if images.dtype != torch.uint8: raise ValueError(f"to_float takes uint8 images, got {images.dtype}")
+    "Scale to [0, 1] and normalise with ImageNet's mean and deviation, on the images' device."
+    if images.dtype != torch.uint8:
+        raise ValueError(f"to_float takes uint8 images, got {images.dtype}")
     mean,factor = colour_constants(images.device)
     return (images - mean).mul_(factor)
 
@@ -50,7 +54,8 @@ class FLIPConfig:
     image_heads:int = 3 # Attention heads of the image encoder
     image_pool:str = 'mean' # 'mean' of all tokens, class token included, or 'cls'
     image_pos:str = 'sincos' # Fixed 'sincos' or 'learned' positions
-    timm_model:str|None = None # Name of a timm VisionTransformer that replaces the image encoder above, all but `image_size`
+    # Name of a timm VisionTransformer that replaces the image encoder above, all but `image_size`
+    timm_model:str|None = None
     timm_args:dict|None = None # More arguments for `timm.create_model`, e.g. `dict(patch_size=8)`
     vocab_size:int = 30523 # Rows of the token embedding
     context_length:int = 32 # Most ids per caption
@@ -66,18 +71,25 @@ class FLIPConfig:
         "Name the fields that do not fit."
         for tower in ['text'] if self.timm_model else ['image', 'text']:
             width,heads = getattr(self, f'{tower}_width'),getattr(self, f'{tower}_heads')
-            if heads < 1 or width % heads: raise ValueError(f"{tower}_width {width} is not divisible by {tower}_heads {heads}")
+            if heads < 1 or width % heads:
+                raise ValueError(f"{tower}_width {width} is not divisible by {tower}_heads {heads}")
 
 # %% ../nbs/1_method/06_model.ipynb #2bbf416c
 OFFICIAL_TEXT = dict(text_pool='first', padding_mask=False)
 PRESETS = dict(
     tiny = dict(),
-    mini = dict(image_size=64, patch_size=8, image_width=192, image_depth=4, image_heads=6, text_width=192, text_depth=2, text_heads=6, embed_dim=192),
-    small = dict(image_size=64, patch_size=8, image_width=256, image_depth=6, image_heads=4, text_width=256, text_depth=4, text_heads=4, embed_dim=256),
-    b16 = dict(image_size=224, patch_size=16, image_width=768, image_depth=12, image_heads=12, text_width=512, text_depth=12, text_heads=8, embed_dim=512, **OFFICIAL_TEXT),
-    l16 = dict(image_size=224, patch_size=16, image_width=1024, image_depth=24, image_heads=16, text_width=768, text_depth=12, text_heads=12, embed_dim=768, **OFFICIAL_TEXT),
-    l14 = dict(image_size=224, patch_size=14, image_width=1024, image_depth=24, image_heads=16, text_width=768, text_depth=12, text_heads=12, embed_dim=768, **OFFICIAL_TEXT),
-    h14 = dict(image_size=224, patch_size=14, image_width=1280, image_depth=32, image_heads=16, text_width=1024, text_depth=24, text_heads=16, embed_dim=1024, **OFFICIAL_TEXT),
+    mini = dict(image_size=64, patch_size=8, image_width=192, image_depth=4, image_heads=6,
+                text_width=192, text_depth=2, text_heads=6, embed_dim=192),
+    small = dict(image_size=64, patch_size=8, image_width=256, image_depth=6, image_heads=4,
+                 text_width=256, text_depth=4, text_heads=4, embed_dim=256),
+    b16 = dict(image_size=224, patch_size=16, image_width=768, image_depth=12, image_heads=12,
+               text_width=512, text_depth=12, text_heads=8, embed_dim=512, **OFFICIAL_TEXT),
+    l16 = dict(image_size=224, patch_size=16, image_width=1024, image_depth=24, image_heads=16,
+               text_width=768, text_depth=12, text_heads=12, embed_dim=768, **OFFICIAL_TEXT),
+    l14 = dict(image_size=224, patch_size=14, image_width=1024, image_depth=24, image_heads=16,
+               text_width=768, text_depth=12, text_heads=12, embed_dim=768, **OFFICIAL_TEXT),
+    h14 = dict(image_size=224, patch_size=14, image_width=1280, image_depth=32, image_heads=16,
+               text_width=1024, text_depth=24, text_heads=16, embed_dim=1024, **OFFICIAL_TEXT),
 )
 
 # %% ../nbs/1_method/06_model.ipynb #01e74e4c
@@ -95,7 +107,8 @@ def preset_config(
     **changes, # Fields of `FLIPConfig` that differ from the preset
 ) -> FLIPConfig: # Checked config
     "Look up a preset."
-    if name not in PRESETS: raise ValueError(f"there is no preset {name!r}." + nearest(name, list(PRESETS)))
+    if name not in PRESETS:
+        raise ValueError(f"there is no preset {name!r}." + nearest(name, list(PRESETS)))
     return make_config(PRESETS[name] | changes)
 
 # %% ../nbs/1_method/06_model.ipynb #5348f8f6
@@ -106,11 +119,17 @@ def load_weights(
     "Load all weights, or name the first tensor that does not fit."
     file = os.path.basename(path)
     try: weights = load_file(path)
-    except Exception as e: raise ValueError(f"{str(path)!r} cannot be read as safetensors, perhaps it was cut short: {e}") from e
+    except Exception as e:
+        raise ValueError(
+            f"{str(path)!r} cannot be read as safetensors, perhaps it was cut short: {e}") from e
     for name,w in model.state_dict().items():
-        if name not in weights: raise ValueError(f"{file} does not fit the config: it has no tensor {name!r}")
+        if name not in weights:
+            raise ValueError(f"{file} does not fit the config: it has no tensor {name!r}")
         found,wanted = tuple(weights[name].shape),tuple(w.shape)
-        if found != wanted: raise ValueError(f"{file} does not fit the config: {name!r} has shape {found} in the file, but the config asks for {wanted}")
+        if found != wanted:
+            raise ValueError(
+                f"{file} does not fit the config: {name!r} has shape {found} in the file, but the "
+                f"config asks for {wanted}")
     if extra := sorted(weights.keys() - model.state_dict().keys()):
         raise ValueError(f"{file} does not fit the config: the model has no place for {extra[0]!r}")
     model.load_state_dict(weights)
@@ -118,12 +137,14 @@ def load_weights(
 # %% ../nbs/1_method/06_model.ipynb #f236a4f2
 CARD = """# FLIP model
 
-A [FLIP](https://arxiv.org/abs/2212.00794) model: CLIP, trained on pictures of which random patches were dropped. Use it with `flip_nb`:
+A [FLIP](https://arxiv.org/abs/2212.00794) model: CLIP, trained on images of which random patches
+were dropped. Use it with `flip_nb`:
 
 ```python
 
 model = FLIP.from_pretrained('this folder, or its name on the hub')
-logits = model.logits(images, model.tokenizer(['a photo of a dog', 'a photo of a cat']))    # images: normalised, (B, 3, {config.image_size}, {config.image_size})
+# images: normalised, (B, 3, {config.image_size}, {config.image_size})
+logits = model.logits(images, model.tokenizer(['a photo of a dog', 'a photo of a cat']))
 ```
 
 - **Training data:** {data}
@@ -150,12 +171,18 @@ def model_card(
     origin:str|None=None, # Where the weights come from
 ) -> ModelCard: # Card with metadata
     "Describe a model for the people who get it."
-    scores = [EvalResult('zero-shot-image-classification', data or 'unknown', data or 'unknown', k, v) for k,v in (metrics or {}).items()]
-    meta = ModelCardData(license=license, library_name='flip_nb', pipeline_tag='zero-shot-image-classification', tags=['clip', 'flip'],
+    scores = [EvalResult('zero-shot-image-classification', data or 'unknown', data or 'unknown', k,
+                         v) for k,v in (metrics or {}).items()]
+    meta = ModelCardData(license=license, library_name='flip_nb',
+                         pipeline_tag='zero-shot-image-classification', tags=['clip', 'flip'],
                          model_name='FLIP', eval_results=scores or None)
-    rows = ['| score | value |', '| --- | --- |'] + [f'| {k} | {v:.1%} |' for k,v in (metrics or {}).items()]
-    text = CARD.format(config=config, data=data or 'not stated', origin=origin or 'trained with flip_nb', license=license or 'not stated; choose one before you publish',
-                       results='\n'.join(rows) if metrics else 'None were stored.', fields='\n'.join(f'| {k} | {v} |' for k,v in asdict(config).items()))
+    rows = ['| score | value |', '| --- | --- |'] + [f'| {k} | {v:.1%} |' for k,
+                                                     v in (metrics or {}).items()]
+    text = CARD.format(config=config, data=data or 'not stated',
+                       origin=origin or 'trained with flip_nb',
+                       license=license or 'not stated; choose one before you publish',
+                       results='\n'.join(rows) if metrics else 'None were stored.',
+                       fields='\n'.join(f'| {k} | {v} |' for k,v in asdict(config).items()))
     return ModelCard(f'---\n{meta.to_yaml()}\n---\n\n{text}')
 
 # %% ../nbs/1_method/06_model.ipynb #afebb66f
@@ -166,18 +193,23 @@ class FLIP(nn.Module, ModelHubMixin):
     ):
         super().__init__()
         self.config = c = config
-        self.tokenizer = None                                                              # `CaptionTokenizer`, saved with the model
-        self.image_encoder = TimmImageEncoder(c.timm_model, img_size=c.image_size, **(c.timm_args or {})) if c.timm_model else ImageEncoder(
-            c.image_size, c.patch_size, c.image_width, c.image_depth, c.image_heads, c.mlp_ratio, c.image_pool, c.image_pos)
+        # `CaptionTokenizer`, saved with the model
+        self.tokenizer = None
+        self.image_encoder = TimmImageEncoder(c.timm_model, img_size=c.image_size,
+                                              **(c.timm_args or {})) if c.timm_model else ImageEncoder(
+            c.image_size, c.patch_size, c.image_width, c.image_depth, c.image_heads, c.mlp_ratio,
+            c.image_pool, c.image_pos)
         self.text_encoder = TextEncoder(
-            c.vocab_size, c.context_length, c.text_width, c.text_depth, c.text_heads, c.mlp_ratio, c.text_pool, c.padding_mask)
+            c.vocab_size, c.context_length, c.text_width, c.text_depth, c.text_heads, c.mlp_ratio,
+            c.text_pool, c.padding_mask)
         self.image_proj = nn.Linear(self.image_encoder.embed_dim, c.embed_dim, bias=False)
         self.text_proj = nn.Linear(c.text_width, c.embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor([INIT_LOGIT_SCALE]))
         self.image_proj.apply(init_linear); self.text_proj.apply(init_linear)
 
     @property
-    def num_patches(self) -> int: # Patches of a whole image, `N`; noise for the image tower has so many columns
+    # Patches of a whole image, `N`; noise for the image tower has so many columns
+    def num_patches(self) -> int:
         "Tokens that masking chooses from."
         if self.config.timm_model: return self.image_encoder.vit.patch_embed.num_patches
         return (self.config.image_size//self.config.patch_size)**2
@@ -213,12 +245,17 @@ class FLIP(nn.Module, ModelHubMixin):
         mask_ratio:float=0., # Fraction of image patches to drop
         text_mask_ratio:float=0., # Fraction of text tokens to drop
         text_mask_order:str='random', # 'random' or 'padding_first'
-        image_noise:Tensor|None=None, # One number per patch (B, N), the smallest are kept; None draws it
-        text_noise:Tensor|None=None, # One number per token (B, L), the smallest are kept; None draws it
-    ) -> tuple[Tensor,Tensor,Tensor]: # Image embeddings (B, E), text embeddings (B, E), factor on their similarities (1,)
+        # One number per patch (B, N), the smallest are kept; None draws it
+        image_noise:Tensor|None=None,
+        # One number per token (B, L), the smallest are kept; None draws it
+        text_noise:Tensor|None=None,
+    ) -> tuple[Tensor,Tensor,
+               # Image embeddings (B, E), text embeddings (B, E), factor on their similarities (1,)
+               Tensor]:
         "All that the loss needs."
         image_features = self.encode_image(images, mask_ratio, image_noise)
-        return image_features, self.encode_text(ids, text_mask_ratio, text_mask_order, text_noise), clamped_exp(self.logit_scale)
+        return image_features, self.encode_text(ids, text_mask_ratio, text_mask_order,
+                                                text_noise), clamped_exp(self.logit_scale)
 
     def logits(self,
         images:Tensor, # Normalised images (B, 3, H, W)
@@ -229,40 +266,51 @@ class FLIP(nn.Module, ModelHubMixin):
         return scale * image_features @ text_features.T
 
     def save_pretrained(self,
-        folder:str|os.PathLike, # Gets `model.safetensors`, `config.json`, the tokenizer where there is one, and a model card where there is none
+        # Gets `model.safetensors`, `config.json`, the tokenizer where there is one, and a model
+        # card where there is none
+        folder:str|os.PathLike,
         model_card_kwargs:dict|None=None, # Arguments of `model_card`
         **_, # What `push_to_hub` passes on besides
     ):
         "Save weights and config; a save that is interrupted leaves the old files whole."
         os.makedirs(folder, exist_ok=True)
-        weights,config,card = (os.path.join(folder, f) for f in ('model.safetensors', 'config.json', 'README.md'))
+        weights,config,card = (os.path.join(folder, f)
+                               for f in ('model.safetensors', 'config.json', 'README.md'))
         save_file({k: v.contiguous() for k,v in self.state_dict().items()}, weights + '.part')
         with open(config + '.part', 'w') as f: json.dump(asdict(self.config), f, indent=2)
         for path in (weights, config): os.replace(path + '.part', path)
         if self.tokenizer: self.tokenizer.save(folder)
-        if model_card_kwargs or not os.path.exists(card): self.generate_model_card(**(model_card_kwargs or {})).save(card)
+        if model_card_kwargs or not os.path.exists(card):
+            self.generate_model_card(**(model_card_kwargs or {})).save(card)
 
-    def generate_model_card(self, **kwargs) -> ModelCard: # Card made by `model_card` from these arguments
+    # Card made by `model_card` from these arguments
+    def generate_model_card(self, **kwargs) -> ModelCard:
         "The card that `save_pretrained` and `push_to_hub` write."
         return model_card(self.config, **kwargs)
 
     @classmethod
     def from_pretrained(cls,
-        name_or_folder:str|os.PathLike, # Folder written by `save_pretrained`, such as a run folder, or a repository on the Hugging Face hub
+        # Folder written by `save_pretrained`, such as a run folder, or a repository on the Hugging
+        # Face hub
+        name_or_folder:str|os.PathLike,
         revision:str|None=None, # Branch, tag or commit of the repository; None: its newest state
     ) -> 'FLIP': # Model in evaluation mode, with its tokenizer where there is one
         "Load weights, config and tokenizer."
         if name_or_folder in PRESETS and not os.path.isdir(name_or_folder):
-            raise ValueError(f"there is no folder {name_or_folder!r}; a fresh model comes from FLIP.from_preset({name_or_folder!r})")
+            raise ValueError(
+                f"there is no folder {name_or_folder!r}; a fresh model comes from "
+                f"FLIP.from_preset({name_or_folder!r})")
         path = find_file(name_or_folder, 'config.json', revision)
         try:
             with open(path) as f: values = json.load(f)
         except ValueError as e: raise ValueError(f"{str(path)!r} is not JSON: {e}") from e
         config = make_config(values)
-        if config.timm_args: config.timm_args = config.timm_args | dict(pretrained=False)  # the weights are in the folder
+        # the weights are in the folder
+        if config.timm_args: config.timm_args = config.timm_args | dict(pretrained=False)
         model = cls(config)
         load_weights(model, find_file(name_or_folder, 'model.safetensors', revision))
         try: path = find_file(name_or_folder, 'tokenizer.json', revision)
-        except ValueError: return model.eval()                                             # a model alone
+        except ValueError:
+            return model.eval()                                             # a model alone
         model.tokenizer = CaptionTokenizer.from_file(path)
         return model.eval()

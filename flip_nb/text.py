@@ -18,7 +18,7 @@ from .transformer import Transformer
 
 # %% ../nbs/1_method/04_text.ipynb #41a3fcc4
 def caption_normalizer() -> normalizers.Normalizer: # Text in, plain lower-case text out
-    "Fold case and compatibility characters and drop accents, as the official tokenizer does before it looks for words."
+    "Fold case and compatibility characters, and drop accents, as the official tokenizer does."
     n = normalizers
     return n.Sequence([n.NFKC(), n.Lowercase(), n.Replace('ß', 'ss'), n.Replace('ς', 'σ'),
                        n.Replace(Regex(r'\p{Cc}'), ' '), n.BertNormalizer(lowercase=True)])
@@ -48,7 +48,9 @@ class CaptionTokenizer:
         cls_token:bool=False, # Put '[CLS]' in front of every caption; the official code does not
     ):
         if vocab.get('[PAD]') != PAD_ID or not {'[UNK]', '[CLS]'} <= vocab.keys():
-            raise ValueError("the vocabulary needs '[PAD]' as id 0, '[UNK]' and '[CLS]'; is this a WordPiece vocabulary, one piece a line?")
+            raise ValueError(
+                "the vocabulary needs '[PAD]' as id 0, '[UNK]' and '[CLS]'; is this a WordPiece "
+                "vocabulary, one piece a line?")
         if context_length < 1:
             raise ValueError(f"context_length must be at least 1, got {context_length}")
         tok = Tokenizer(models.WordPiece(vocab, unk_token='[UNK]'))
@@ -64,7 +66,8 @@ class CaptionTokenizer:
     @classmethod
     def train(cls,
         captions:Iterable[str], # Corpus, one caption each
-        vocab_size:int=4096, # Most pieces to learn, special tokens included; single letters are kept even beyond it
+        # Most pieces to learn, special tokens included; single letters are kept even beyond it
+        vocab_size:int=4096,
         context_length:int=32, # Ids per caption, `L` >= 1
     ) -> 'CaptionTokenizer': # Tokenizer whose ids depend on the captions alone
         "Learn WordPiece pieces from captions."
@@ -88,24 +91,33 @@ class CaptionTokenizer:
     ) -> 'CaptionTokenizer': # Tokenizer with the ids of the file
         "Read a WordPiece vocabulary."
         if not os.path.isfile(path):
-            raise ValueError(f"there is no vocabulary file at {str(path)!r}; it is a text file with one piece a line, such as BERT's vocab.txt")
+            raise ValueError(
+                f"there is no vocabulary file at {str(path)!r}; it is a text file with one piece "
+                f"a line, such as BERT's vocab.txt")
         try:
             with open(path, encoding='utf8') as f:
                 vocab = {line.rstrip('\n'):i for i,line in enumerate(f)}
-        except UnicodeDecodeError as e: raise ValueError(f"{str(path)!r} is not a text file; a vocabulary has one piece a line") from e
+        except UnicodeDecodeError as e:
+            raise ValueError(
+                f"{str(path)!r} is not a text file; a vocabulary has one piece a line") from e
         return cls(vocab, **kwargs)
 
     @classmethod
     def from_file(cls,
-        path:str|os.PathLike, # `tokenizer.json`, the folder that holds it, or a repository on the Hugging Face hub
+        # `tokenizer.json`, the folder that holds it, or a repository on the Hugging Face hub
+        path:str|os.PathLike,
     ) -> 'CaptionTokenizer': # The tokenizer that was saved
         "Load a saved tokenizer."
         if not os.path.isfile(path): path = find_file(path, 'tokenizer.json')
         self = cls.__new__(cls)
         try: self.tok = Tokenizer.from_file(str(path))
-        except Exception as e: raise ValueError(f"{str(path)!r} is not a saved tokenizer: {e}") from e
-        if not self.tok.truncation or not self.tok.padding or self.tok.token_to_id('[PAD]') != PAD_ID:
-            raise ValueError(f"{str(path)!r} was not saved by CaptionTokenizer: it needs a fixed length and '[PAD]' as id 0")
+        except Exception as e:
+            raise ValueError(f"{str(path)!r} is not a saved tokenizer: {e}") from e
+        if not self.tok.truncation or not self.tok.padding or self.tok.token_to_id(
+            '[PAD]') != PAD_ID:
+            raise ValueError(
+                f"{str(path)!r} was not saved by CaptionTokenizer: it needs a fixed length and "
+                f"'[PAD]' as id 0")
         return self
 
     def save(self,
@@ -127,7 +139,8 @@ class CaptionTokenizer:
 
     def __call__(self,
         captions:str|Iterable[str], # One caption or several
-        trim:bool=False, # Cut the batch to its longest caption; changes nothing where padding is masked
+        # Cut the batch to its longest caption; changes nothing where padding is masked
+        trim:bool=False,
     ) -> Tensor: # Ids (B, L), padded with 0
         "Turn captions into ids."
         encoded = self.tok.encode_batch(caption_list(captions))
@@ -165,9 +178,13 @@ def mask_text(
     valid:Tensor, # True for real tokens (B, L)
     mask_ratio:float, # Fraction of tokens to drop, in [0, 1)
     order:str='random', # 'random': any token; 'padding_first': padding goes before text
-    keep_first:bool=False, # Never drop position 0, and put it first (needed where it is the feature)
-    noise:Tensor|None=None, # One number in [0, 1) per token (B, L), the smallest are kept; None draws it
-) -> tuple[Tensor,Tensor]: # Kept tokens (B, K, D) and which of them are real (B, K); one at least counts as real
+    # Never drop position 0, and put it first (needed where it is the feature)
+    keep_first:bool=False,
+    # One number in [0, 1) per token (B, L), the smallest are kept; None draws it
+    noise:Tensor|None=None,
+) -> tuple[Tensor,
+           # Kept tokens (B, K, D) and which of them are real (B, K); one at least counts as real
+           Tensor]:
     "Drop text tokens (Li et al. 2023, table 1c)."
     if order not in ('random', 'padding_first'):
         raise ValueError(f"order must be 'random' or 'padding_first', got {order!r}")
@@ -195,7 +212,8 @@ class TextEncoder(nn.Module):
         super().__init__()
         if pool not in ('mean', 'first'):
             raise ValueError(f"pool must be 'mean' or 'first', got {pool!r}")
-        self.context_length,self.embed_dim,self.pool,self.padding_mask = context_length,embed_dim,pool,padding_mask
+        self.context_length,self.embed_dim = context_length,embed_dim
+        self.pool,self.padding_mask = pool,padding_mask
         self.token_embed = nn.Embedding(vocab_size, embed_dim)
         nn.init.normal_(self.token_embed.weight, std=0.02)
         self.pos_embed = nn.Parameter(torch.randn(1, context_length, embed_dim)*0.02)
@@ -205,11 +223,13 @@ class TextEncoder(nn.Module):
         ids:Tensor, # Ids (B, L), 0 is padding, L at most `context_length`
         mask_ratio:float=0., # Fraction of tokens to drop, in [0, 1)
         mask_order:str='random', # 'random' or 'padding_first'
-        noise:Tensor|None=None, # One number in [0, 1) per token (B, L), the smallest are kept; None draws it
+        # One number in [0, 1) per token (B, L), the smallest are kept; None draws it
+        noise:Tensor|None=None,
     ) -> Tensor: # One feature per caption (B, D)
         "Encode captions and pool them."
         if ids.shape[1] > self.context_length:
-            raise ValueError(f"captions have {ids.shape[1]} ids, more than context_length {self.context_length}")
+            raise ValueError(
+                f"captions have {ids.shape[1]} ids, more than context_length {self.context_length}")
         x = self.token_embed(ids) + self.pos_embed[:, :ids.shape[1]]    # (B, L, D)
         valid = valid_tokens(ids)                                       # (B, L)
         if mask_ratio or noise is not None:

@@ -30,7 +30,9 @@ def check_images(
     "Raise an error that says how to mend the batch, unless it is fine."
     got,(H,W) = tuple(images.shape),image_size or ('H', 'W')
     if len(got) == 4 and got[-1] == 3 != got[1]:
-        raise ValueError(f"images look like (B, H, W, 3), got {got}; channels come first here: use images.permute(0, 3, 1, 2)")
+        raise ValueError(
+            f"images look like (B, H, W, 3), got {got}; channels come first here: use "
+            f"images.permute(0, 3, 1, 2)")
     if not images.is_floating_point():
         raise ValueError(f"images must be normalised floats, got {images.dtype}")
     if len(got) != 4 or got[1] != 3 or (image_size and got[2:] != tuple(image_size)):
@@ -46,7 +48,8 @@ class ImageEncoder(nn.Module):
         depth:int=3, # Number of blocks
         num_heads:int=3, # Number of attention heads
         mlp_ratio:float=4., # Hidden width of the MLPs over `D`
-        pool:str='mean', # Feature: 'mean' of all tokens, class token included (official), or the 'cls' token
+        # Feature: 'mean' of all tokens, class token included (official), or the 'cls' token
+        pool:str='mean',
         pos:str='sincos', # Positions: fixed 'sincos' (official) or 'learned'
     ):
         super().__init__()
@@ -56,7 +59,8 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"pool must be 'mean' or 'cls', got {pool!r}")
         if pos not in ('sincos', 'learned'):
             raise ValueError(f"pos must be 'sincos' or 'learned', got {pos!r}")
-        self.image_size,self.patch_size,self.embed_dim,self.pool = image_size,patch_size,embed_dim,pool
+        self.image_size,self.patch_size = image_size,patch_size
+        self.embed_dim,self.pool = embed_dim,pool
         grid = image_size//patch_size
         self.patch_embed = nn.Linear(3*patch_size**2, embed_dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim)*0.02)
@@ -120,7 +124,8 @@ def check_timm_name(
     known = [n for m in TIMM_VIT_MODULES for n in timm.list_models(module=m)
              if not n.startswith('test_')]
     close = difflib.get_close_matches(name.lower().split('.')[0], known, 5, 0)
-    what = "is not a VisionTransformer, so its tokens cannot be masked" if timm.is_model(name) else "is no timm model"
+    what = "is not a VisionTransformer, so its tokens cannot be masked" if timm.is_model(
+        name) else "is no timm model"
     raise ValueError(f"{name!r} {what}; the nearest that work: {', '.join(close)}")
 
 # %% ../nbs/1_method/03_vision.ipynb #68427c9e
@@ -136,7 +141,9 @@ class TimmImageEncoder(nn.Module):
         check_timm_name(name)
         self.vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
         if not isinstance(self.vit, timm.models.VisionTransformer):
-            raise ValueError(f"{name!r} became a {type(self.vit).__name__}; masking needs a timm VisionTransformer")
+            raise ValueError(
+                f"{name!r} became a {type(self.vit).__name__}; masking needs a timm "
+                f"VisionTransformer")
         self.vit.patch_drop = MaskTokens(self.vit.num_prefix_tokens)
         self.embed_dim,self.image_size = self.vit.num_features,self.vit.patch_embed.img_size[0]
 

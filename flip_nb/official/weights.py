@@ -240,7 +240,8 @@ def card_facts(
     "Facts for the model card; the authors' scores only where name and size are a released one's."
     name,sha = Path(source).name,hashlib.sha256(index).hexdigest()[:16]
     origin = (f"converted by flip_nb from the official checkpoint `{name}` "
-              f"(sha256 of its index {sha}); official code: https://github.com/facebookresearch/flip")
+              f"(sha256 of its index {sha}); official code: "
+              f"https://github.com/facebookresearch/flip")
     facts,known = dict(license=LICENSE, origin=origin),RELEASED.get(name.removesuffix('.zip'))
     if known is None or config != make_config(PRESETS[known['preset']]): return facts
     score = {'ImageNet-1K zero-shot accuracy, as reported by the authors': known['zero_shot']}
