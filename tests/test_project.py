@@ -137,7 +137,7 @@ def test_modules_are_small(module):
     text = (root/package/f"{module.replace('.', '/')}.py").read_text()
     lines = text.splitlines()
     assert len(lines) <= 350 or module in longer, f'{module} has {len(lines)} lines: give a part of it a module of its own'
-    wide = [f'{module}:{i}: {len(l)}' for i,l in enumerate(lines, 1) if len(l) > 120 and not l.startswith('"""')]
+    wide = [f'{module}:{i}: {len(l)}' for i,l in enumerate(lines, 1) if len(l) > 120 and not l.startswith(('"""', '__all__'))]    # nbdev writes these two
     assert not wide, f'lines over 120 characters: {wide}'
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
