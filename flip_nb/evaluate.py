@@ -28,16 +28,24 @@ from .data.pairs import Pairs, eval_transform
 from .evaluation.look import confident_mistakes, confusion_matrix, new_figure, retrieval_gallery
 from .loss import clamped_exp, normalize
 from .masking import num_kept
-from .zero_shot import (SCENE_NAMES, SCENE_TEMPLATES, average_prompts, check_finite_rows, encode_captions, encode_pictures, evaluate_pairs, evaluate_scenes, evaluating,
-                             gather_objects, processes, ranks, retrieval_chance, retrieval_ranks, retrieval_recall, similarity, top_k_accuracy, zero_shot_classifier)
+from .zero_shot import (
+    average_prompts, check_finite_rows, encode_captions, encode_images, evaluating, ranks,
+    retrieval_chance, retrieval_ranks, retrieval_recall, SCENE_NAMES, SCENE_TEMPLATES, similarity,
+    top_k_accuracy, zero_shot_classifier)
+from .evaluation.scores import evaluate_pairs, evaluate_scenes
+from .distributed import gather_objects, in_turns, processes
 from .model import FLIP
-from .evaluation.probe import Extracted, check_task, class_numbers, digest, extract_features, fingerprints, knn_predict, linear_probe, open_pictures, wilson_interval
+from .evaluation.features import (FeatureKind,
+    class_numbers, digest, extract_features, Extracted, fingerprints, open_pictures)
+from .evaluation.probe import check_task, knn_predict, linear_probe, wilson_interval
 from .evaluation.datasets import TestSet, open_test_set, templates, text_classifier
-from .evaluation.robustness import masked_view_curve, robustness_curve, severity_figure, views_figure
+from .evaluation.views import masked_view_curve, views_figure
+from .evaluation.robustness import ZeroShotTask, robustness_curve, severity_figure
 from .scenes import Scenes
 from .text import CaptionTokenizer
-from .scale.checkpoint import write_json
-from .train import new_run_folder, settle
+from .files import write_json
+from .files import new_run_folder
+from .scale.setup import settle
 
 # %% ../nbs/5_evaluation/06_evaluate.ipynb #c6ccc887
 class Score(NamedTuple):
@@ -137,7 +145,8 @@ def job_features(
         silent = [i for i,value in enumerate(answers(pairs)) if not pairs.texts(i, value)]    # rows that will be skipped
         prints = fingerprints(flip, open_pictures(pairs, flip.config.image_size), silent=silent, mask_ratio=o.mask_ratio, seed=o.seed)
         path = Path(o.features)/f'{digest(*prints.values())}.npy' if o.features else None
-        z = extract_features(flip, pairs, path, o.batch_size, o.mask_ratio, workers=o.workers, seed=o.seed, quiet=o.quiet)
+        kind = FeatureKind(o.mask_ratio, seed=o.seed)
+        z = extract_features(flip, pairs, path, o.batch_size, kind, o.workers, o.quiet)
         return z
     def project():                                                                # the embedding is one product away
         z,device = job_features(job, split, projected=False),next(flip.parameters()).device
@@ -205,7 +214,7 @@ def retrieval_task(
     found,device = job_features(job),next(job.flip.parameters()).device
     texts = caption_lists(job.data.splits['test'], found.rows)
     captions,image_of_text = [c for t in texts for c in t],torch.arange(len(texts)).repeat_interleave(torch.tensor([len(t) for t in texts]))
-    text_features = encode_captions(job.flip, job.tokenizer, captions)
+    text_features = encode_captions(job.flip, job.tokenizer, captions, turns=in_turns)
     ranks,chance = retrieval_ranks(found.features.to(device), text_features, image_of_text),retrieval_chance(image_of_text, len(texts))
     out = [Score('retrieval', f'{way} R@{k}', (ranks[way] < k).cpu(), chance[way][f'R@{k}'], groups=image_of_text if way == 't2i' else None)
            for way in ('i2t', 't2i') for k in (1, 5, 10)]
@@ -264,7 +273,8 @@ def robustness_task(
 ) -> tuple[list[Score],dict]: # Scores, and figures by name
     "Zero-shot accuracy on damaged pictures."
     places,pictures = sample_pictures(job, job.options.pictures)
-    curve = robustness_curve(job.flip, job_classifier(job), pictures, job_labels(job)[places], seed=job.options.seed, chunk=job.options.batch_size or 250, correct=True)
+    task = ZeroShotTask(job_classifier(job), pictures, job_labels(job)[places])
+    curve = robustness_curve(job.flip, task, seed=job.options.seed, chunk=job.options.batch_size or 250, correct=True)
     chance = 1/len(job.data.class_names)
     out = [Score('robustness', 'unchanged', curve['correct_clean'], chance)]
     out += [Score('robustness', name.replace('_', ' '), right.double().mean(0), chance) for name,right in curve['correct'].items()]
@@ -276,8 +286,9 @@ def masked_views_task(
     "Zero-shot accuracy from one masked view or the average of several (Li et al. 2023, table 1d)."
     places,pictures = sample_pictures(job, job.options.pictures)
     labels,classifier,chance = job_labels(job)[places],job_classifier(job),1/len(job.data.class_names)
-    whole = (similarity(encode_pictures(job.flip, pictures.split(256)), classifier).argmax(1).cpu() == labels)[None]
-    curves = {f'{ratio:.0%}': masked_view_curve(job.flip, classifier, pictures, labels, ratio, VIEWS, seed=job.options.seed, correct=True) for ratio in (.5, .75)}
+    whole = (similarity(encode_images(job.flip, pictures.split(256), turns=in_turns), classifier).argmax(1).cpu() == labels)[None]
+    task = ZeroShotTask(classifier, pictures, labels)
+    curves = {f'{ratio:.0%}': masked_view_curve(job.flip, task, ratio, VIEWS, seed=job.options.seed, correct=True) for ratio in (.5, .75)}
     out = [Score('masked_views', 'whole picture', whole[0], chance)]
     for name,right in curves.items(): out += [Score('masked_views', f"{name} dropped, {n} view{'s'*(n > 1)}", r, chance) for n,r in zip(VIEWS, right)]
     figure = views_figure({job.model: {k: r.double().mean(1).tolist() for k,r in curves.items()}}, {job.model: whole.double().mean().item()}, VIEWS, chance)

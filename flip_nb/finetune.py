@@ -25,18 +25,26 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 from torch.utils.data import Dataset, Subset
 from .core import find_file, nearest
-from .data.pairs import Pairs, to_float, train_transform
+from .data.pairs import Pairs, train_transform
+from .model import to_float
 from .loss import clamped_exp
 from .masking import num_kept
-from .zero_shot import evaluating, gather_objects
+from .zero_shot import evaluating
+from .distributed import gather_objects
 from .model import FLIP, FLIPConfig, load_weights, make_config
-from .evaluation.probe import class_numbers, extract_features, open_pictures, wilson_interval
-from .official.recipe import Stage, parameter_groups, scaled_lr
+from .evaluation.features import FeatureKind, class_numbers, extract_features, open_pictures
+from .evaluation.probe import wilson_interval
+from .loop import parameter_groups, scaled_lr, Stage
 from .evaluation.datasets import TestSet, classification_scores, need_labels, open_test_set, text_classifier
-from .scale.checkpoint import write_json
-from .loop import Progress, TrainingDiverged, backward_through, count_bad_steps, diagnose, make_optimizer, prepare_model, run_stage
+from .files import write_json
+from .scale.run import count_bad_steps, Progress
+from .loop import TrainingDiverged, diagnose, loss_backward, make_optimizer, towers, training_steps
+from .scale.trainer import progress_bar
+from .scale.setup import prepare_model
 from .data.stream import SkippedRows
-from .train import append_line, deliver, log_files, make_accelerator, make_loader, new_run_folder
+from .files import append_line, log_files, new_run_folder
+from .scale.loader import deliver, make_loader
+from .scale.setup import make_accelerator
 
 # %% ../nbs/8_transfer/01_finetune.ipynb #31473de3
 def image_tower(
@@ -273,7 +281,7 @@ def plan_finetuning(
     if o.steps is None: o.steps = max(1, round(o.epochs*rows/o.batch_size))
     if o.lr is None: o.lr = scaled_lr(1e-3, o.batch_size)
     if o.warmup_steps is None: o.warmup_steps = o.steps//10
-    return Stage('finetuning', o.steps, o.mask_ratio, o.lr, min(o.warmup_steps, o.steps - 1))
+    return Stage('finetuning', o.steps, o.mask_ratio, o.lr, min(o.warmup_steps, o.steps - 1), o.grad_clip)
 
 # %% ../nbs/8_transfer/01_finetune.ipynb #f58077f8
 def make_classifier(
@@ -298,13 +306,14 @@ def note_finetuning(
     model:ImageClassifier, # The classifier, not wrapped
     folder:Path, # Run folder
     options:SimpleNamespace, # Options of `finetune`
-): # Function (stage, progress, batch, lr, parts) that returns a line for the progress bar
+): # Function (step, progress, lr) that returns a line for the progress bar
     "Log, check and save."
     advice = f"the last good weights are in {folder}, if any were saved. Try a lower --lr or --grad_clip 1"
-    def note(stage, progress, batch, lr, parts):
-        losses,norms = accelerator.reduce(torch.stack(progress.losses), 'mean').cpu(),torch.stack(progress.norms).cpu()
+    parts = towers(model)
+    def note(step, progress, lr):
+        losses,norms,stage = accelerator.reduce(torch.stack(progress.losses), 'mean').cpu(),torch.stack(progress.norms).cpu(),step.stage
         progress.losses,progress.norms = [],[]
-        if (bad := count_bad_steps(progress, norms)) >= 10: raise TrainingDiverged(f"the gradients of {bad} steps in a row were not finite, up to step {progress.step}; {diagnose(model, batch, parts, norms[-1])}; {advice}")
+        if (bad := count_bad_steps(progress, norms)) >= 10: raise TrainingDiverged(f"the gradients of {bad} steps in a row were not finite, up to step {progress.step}; {diagnose(model, step.batch, parts, norms[-1])}; {advice}")
         good,rate = losses[losses.isfinite()],progress.step*options.batch_size/progress.seconds
         line = dict(stage=stage.name, step=progress.step, seconds=progress.seconds, loss=good.mean().item() if len(good) else None, lr=lr, pictures_per_second=rate, skipped_steps=progress.skipped)
         due = options.save_every and progress.step % options.save_every < options.log_every or progress.step == stage.steps
@@ -358,14 +367,26 @@ def run_finetuning(
         pairs,data = open_labelled(options, flip.config.image_size)
     model,stage,progress = make_classifier(options, flip.to(accelerator.device), pairs, data).to(accelerator.device),plan_finetuning(options, len(pairs)),Progress()
     folder = start_finetuning(accelerator, options)
-    loader = make_loader(accelerator, Labelled(pairs), collate_labelled, options, dict(image_noise=flip.num_patches), range(stage.steps))
+    loader = make_loader(accelerator, Labelled(pairs), collate_labelled, options.batch_size, options.seed,
+                         dict(image_noise=flip.num_patches), range(stage.steps), options.workers)
     skipped = SkippedRows(folder/f'skipped-{accelerator.process_index}.jsonl', first=min(10_000, len(pairs)))
     before = evaluate_classifier(model, data.splits['test'], options.workers)
     groups = layer_groups(model, options.lr, options.weight_decay, options.layer_decay)
     prepared = prepare_model(accelerator, model.train())
     set_seed(options.seed + 1 + accelerator.process_index)                      # every process draws its own paths
-    run_stage(accelerator, prepared, *make_optimizer(accelerator, prepared, stage, options.weight_decay, groups), deliver(loader, accelerator.device, progress, skipped), stage, progress, options,
-              note_finetuning(accelerator, model, folder, options), partial(backward_through, classification_loss))
+    optimizer,schedule = make_optimizer(accelerator, prepared, stage, options.weight_decay, groups)
+    backward = partial(loss_backward, loss=partial(classification_loss, options=options))
+    steps = training_steps(accelerator, prepared, optimizer, schedule,
+                           deliver(loader, accelerator.device, progress.lanes, skipped), stage, backward)
+    note,since = note_finetuning(accelerator, model, folder, options),time.perf_counter()
+    bar = progress_bar(stage, 0, options.quiet or not accelerator.is_main_process)
+    for step in steps:
+        progress.add(step); bar.update()
+        if not step.is_due(options.log_every): continue
+        progress.spend(since, accelerator.device)
+        bar.set_postfix_str(note(step, progress, schedule.get_last_lr()[0]))
+        since = time.perf_counter()
+    bar.close()
     seconds = progress.seconds
     out = dict(before=before, after=evaluate_classifier(model, data.splits['test'], options.workers), metric=data.metric, classes=len(data.class_names), training_rows=len(pairs),
                skipped_in_training=len(skipped.keys), train_seconds=seconds, pictures_per_second=stage.steps*options.batch_size/seconds, wall_seconds=time.perf_counter() - start,

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 from flip_nb.data.pairs import decode_image, eval_transform, load_rows, pair_columns
 from flip_nb.official.preprocess import centre_crop, official_resize
-from flip_nb.scale.checkpoint import write_json
+from flip_nb.files import write_json
 
 RESULTS = Path(__file__).parent.parent/'results'/'preprocess'
 
