@@ -21,7 +21,7 @@ import torch
 from fastcore.script import call_parse
 from masking_pays import RESULTS, machine
 from PIL import Image
-from flip_nb.data.pairs import load_pairs
+from flip_nb.data.folders import load_pairs
 from flip_nb.zero_shot import (
     encode_captions, retrieval_recall, similarity, top_k_accuracy, zero_shot_classifier)
 from flip_nb.evaluation.scores import encode_pairs

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from fastcore.script import call_parse
 from masking_pays import RESULTS, machine
-from flip_nb.data.pairs import decode_image, eval_transform, load_pairs
+from flip_nb.data.decode import decode_image, eval_transform
+from flip_nb.data.folders import load_pairs
 from flip_nb.model import to_float
 from flip_nb.zero_shot import evaluating
 from flip_nb.model import FLIP

@@ -21,7 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from ..core import find_file, nearest
-from ..data.pairs import IMAGE_NAMES, SPLITS, Pairs, eval_transform, find_column, hold_out, load_rows, pair_columns
+from ..data.folders import find_column, hold_out, IMAGE_NAMES, load_rows, pair_columns
+from ..data.pairs import Pairs
+from ..data.folders import SPLITS
+from ..data.decode import eval_transform
 from ..distributed import gather_objects, in_turns, processes
 from ..zero_shot import top_k_accuracy, zero_shot_classifier
 from ..model import FLIP
@@ -35,7 +38,10 @@ OPEN_CLIP_SETS = dict(simple='SIMPLE_IMAGENET_TEMPLATES', openai='OPENAI_IMAGENE
 def open_clip_lists(): # Module `open_clip.zero_shot_metadata`
     "The part of open_clip that holds prompts and names."
     try: from open_clip import zero_shot_metadata
-    except ImportError as e: raise ValueError("these prompts and names come from the package open_clip; run pip install open_clip_torch") from e
+    except ImportError as e:
+        raise ValueError(
+            "these prompts and names come from the package open_clip; run pip install "
+            "open_clip_torch") from e
     return zero_shot_metadata
 
 def templates(
@@ -43,7 +49,9 @@ def templates(
 ) -> list[str]: # Prompts with '{}' where the name goes
     "A known set of prompts."
     if name == 'plain': return list(PLAIN)
-    if name not in OPEN_CLIP_SETS: raise ValueError(f"there is no set of templates called {name!r}." + nearest(name, ['plain', *OPEN_CLIP_SETS]))
+    if name not in OPEN_CLIP_SETS:
+        raise ValueError(f"there is no set of templates called {name!r}."
+                         + nearest(name, ['plain', *OPEN_CLIP_SETS]))
     return [make('{}') for make in getattr(open_clip_lists(), OPEN_CLIP_SETS[name])]
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #7dbc8717
@@ -52,7 +60,9 @@ def imagenet_synsets(
 ) -> list[str]: # WordNet ids in the order of the class numbers
     "Which entry of WordNet each class is."
     known = ['imagenet', 'imagenet_a', 'imagenet_r']
-    if subset not in known: raise ValueError(f"there is no list of WordNet ids called {subset!r}." + nearest(subset, known))
+    if subset not in known:
+        raise ValueError(f"there is no list of WordNet ids called {subset!r}."
+                         + nearest(subset, known))
     return (files('timm.data')/'_info'/f'{subset}_synsets.txt').read_text().split()
 
 def imagenet_names(
@@ -62,7 +72,8 @@ def imagenet_names(
     names = list(open_clip_lists().IMAGENET_CLASSNAMES)
     if synsets is None: return names
     name = dict(zip(imagenet_synsets(), names, strict=True))
-    if unknown := [s for s in synsets if s not in name]: raise ValueError(f"{unknown[0]!r} is not the WordNet id of a class of ImageNet-1k")
+    if unknown := [s for s in synsets if s not in name]:
+        raise ValueError(f"{unknown[0]!r} is not the WordNet id of a class of ImageNet-1k")
     return [name[s] for s in synsets]
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #418435ae
@@ -71,15 +82,25 @@ def check_prompts(
     templates:list[str], # Prompts with '{}' where the name goes
 ):
     "Raise an error that says what is wrong with names or prompts."
-    if isinstance(class_names, str) or isinstance(templates, str): raise ValueError("class names and templates are lists of texts, not one text")
-    if not len(class_names) or not len(templates): raise ValueError(f"at least one class name and one template are needed, got {len(class_names)} and {len(templates)}")
+    if isinstance(class_names, str) or isinstance(templates, str):
+        raise ValueError("class names and templates are lists of texts, not one text")
+    if not len(class_names) or not len(templates):
+        raise ValueError(
+            f"at least one class name and one template are needed, got {len(class_names)} and "
+            f"{len(templates)}")
     for t in templates:
-        if not isinstance(t, str) or '{}' not in t: raise ValueError(f"the template {t!r} has no {{}} where the name goes")
+        if not isinstance(t, str) or '{}' not in t:
+            raise ValueError(f"the template {t!r} has no {{}} where the name goes")
     place = {}
     for i,name in enumerate(class_names):
-        if not isinstance(name, str) or not name.strip(): raise ValueError(f"the name of class {i} is empty: {name!r}")
-        if place.setdefault(name, i) != i and (len(class_names) != 1000 or list(class_names) != imagenet_names()):
-            raise ValueError(f"classes {place[name]} and {i} are both called {name!r}, so no text can tell them apart")
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"the name of class {i} is empty: {name!r}")
+        if place.setdefault(name,
+                            i) != i and (len(class_names) != 1000
+                                         or list(class_names) != imagenet_names()):
+            raise ValueError(
+                f"classes {place[name]} and {i} are both called {name!r}, so no text can tell "
+                f"them apart")
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #8bac85d4
 def mean_per_class_accuracy(
@@ -88,8 +109,13 @@ def mean_per_class_accuracy(
 ) -> float: # Mean over the classes that occur, in [0, 1]
     "Accuracy of each class, averaged: every class counts the same."
     predicted = scores.argmax(1) if scores.ndim == 2 else scores
-    if predicted.shape != labels.shape or not len(labels): raise ValueError(f"each of the {len(labels)} labels needs a prediction, got shape {tuple(scores.shape)}")
-    if labels.min() < 0: raise ValueError(f"row {int(labels.argmin())} has the label {labels.min()}; leave out rows without a label")
+    if predicted.shape != labels.shape or not len(labels):
+        raise ValueError(
+            f"each of the {len(labels)} labels needs a prediction, got shape {tuple(scores.shape)}")
+    if labels.min() < 0:
+        raise ValueError(
+            f"row {int(labels.argmin())} has the label {labels.min()}; leave out rows without a "
+            f"label")
     sizes = labels.bincount()
     right = labels[predicted == labels].bincount(minlength=len(sizes))
     return (right.double()/sizes)[sizes > 0].mean().item()
@@ -97,10 +123,16 @@ def mean_per_class_accuracy(
 def classification_scores(
     scores:Tensor, # Scores (N, C), larger is better
     labels:Tensor, # Right class of each row (N,), integers in [0, C)
-) -> dict[str,float]: # 'top_1', 'top_5' (where there are more than 5 classes) and 'mean_per_class', in [0, 1]
+) -> dict[str,
+          # 'top_1', 'top_5' (where there are more than 5 classes) and 'mean_per_class', in [0, 1]
+          float]:
     "All measures of classification."
-    if labels.max() >= scores.shape[1]: raise ValueError(f"row {int(labels.argmax())} has the label {labels.max()}, but there are {scores.shape[1]} classes, numbered from 0")
-    out = {f'top_{k}': top_k_accuracy(scores, labels, k) for k in (1, 5) if k == 1 or k < scores.shape[1]}
+    if labels.max() >= scores.shape[1]:
+        raise ValueError(
+            f"row {int(labels.argmax())} has the label {labels.max()}, but there are "
+            f"{scores.shape[1]} classes, numbered from 0")
+    out = {f'top_{k}': top_k_accuracy(scores, labels, k) for k in (1, 5) if k == 1
+           or k < scores.shape[1]}
     return out | dict(mean_per_class=mean_per_class_accuracy(scores, labels))
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #dfad53ed
@@ -112,23 +144,34 @@ class Entry:
     name:str # What users call it
     path:str # Its name on the Hugging Face hub
     split:str = 'test' # Split to measure on: 'train', 'val' or 'test'
-    train_split:str|None = 'train' # Split for probes and training; None: the data are for testing only
+    # Split for probes and training; None: the data are for testing only
+    train_split:str|None = 'train'
     image_column:str|None = 'image' # Column with pictures; a usual name is found too
     label_column:str|None = 'label' # Column with labels
-    class_names:list|Callable|str|None = None # Names, a function that returns them, or a file of the data set with one a line; None: those of the `ClassLabel`
-    keys:list|Callable|None = None # What the labels are instead of names, in the same order, such as WordNet ids; or a function that returns that
-    rename:dict = field(default_factory=dict) # Name of a `ClassLabel` that misleads, to a better one
+    # Names, a function that returns them, or a file of the data set with one a line; None: those of
+    # the `ClassLabel`
+    class_names:list|Callable|str|None = None
+    # What the labels are instead of names, in the same order, such as WordNet ids; or a function
+    # that returns that
+    keys:list|Callable|None = None
+    # Name of a `ClassLabel` that misleads, to a better one
+    rename:dict = field(default_factory=dict)
     drop_others:bool = False # Leave out rows of other classes; False: they are an error
     templates:str|list = 'openai' # Prompts, or the name of a set of them
     metric:str = 'top_1' # 'top_1', or 'mean_per_class' where classes are unequal in size
-    files:dict|None = None # Split to pattern of its files on the hub, where fetching all would be too much
+    # Split to pattern of its files on the hub, where fetching all would be too much
+    files:dict|None = None
     source:str = '' # Paper
 
     def __post_init__(self):
         "Name the field that does not fit."
-        if self.metric not in METRICS: raise ValueError(f"metric of {self.name!r} must be one of {', '.join(METRICS)}, got {self.metric!r}")
+        if self.metric not in METRICS:
+            raise ValueError(
+                f"metric of {self.name!r} must be one of {', '.join(METRICS)}, got {self.metric!r}")
         for s in (self.split, self.train_split or 'train'):
-            if s not in SPLITS: raise ValueError(f"splits of {self.name!r} are called {', '.join(SPLITS)}, not {s!r}")
+            if s not in SPLITS:
+                raise ValueError(
+                    f"splits of {self.name!r} are called {', '.join(SPLITS)}, not {s!r}")
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #e61a613b
 REGISTRY = {} # name to `Entry`
@@ -138,7 +181,9 @@ def register(
 ):
     "Make data sets known by their names; a later entry of the same name wins."
     for entry in entries:
-        if not re.fullmatch(r'\w+', entry.name): raise ValueError(f"the name of an entry has letters, digits and _ only, got {entry.name!r}")
+        if not re.fullmatch(r'\w+', entry.name):
+            raise ValueError(
+                f"the name of an entry has letters, digits and _ only, got {entry.name!r}")
         REGISTRY[entry.name] = entry
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #9624dadb
@@ -146,10 +191,13 @@ A_PHOTO = ['a photo of a {}.']
 
 register(
     Entry('cifar10', 'uoft-cs/cifar10', image_column='img', source='Krizhevsky 2009'),
-    Entry('cifar100', 'uoft-cs/cifar100', image_column='img', label_column='fine_label', rename={'cra': 'crab'}, source='Krizhevsky 2009'),
+    Entry('cifar100', 'uoft-cs/cifar100', image_column='img', label_column='fine_label',
+          rename={'cra': 'crab'}, source='Krizhevsky 2009'),
     Entry('tiny_imagenet', 'zh-plus/tiny-imagenet', split='val', source='Stanford CS231N'),
-    Entry('food101', 'ethz/food101', split='val', templates=['a photo of a {}, a type of food.'], source='Bossard et al. 2014'),
-    Entry('pets', 'timm/oxford-iiit-pet', templates=['a photo of a {}, a type of pet.'], metric='mean_per_class', source='Parkhi et al. 2012'))
+    Entry('food101', 'ethz/food101', split='val', templates=['a photo of a {}, a type of food.'],
+          source='Bossard et al. 2014'),
+    Entry('pets', 'timm/oxford-iiit-pet', templates=['a photo of a {}, a type of pet.'],
+          metric='mean_per_class', source='Parkhi et al. 2012'))
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #6dc3fb66
 def shards_entry(
@@ -162,24 +210,39 @@ def shards_entry(
     return Entry(name, f'clip-benchmark/wds_{shards}', **(usual | fields))
 
 register(
-    shards_entry('caltech101', 'vtab-caltech101', templates=A_PHOTO, metric='mean_per_class', source='Fei-Fei et al. 2004'),
-    shards_entry('flowers102', 'vtab-flowers', templates=['a photo of a {}, a type of flower.'], metric='mean_per_class', source='Nilsback and Zisserman 2008'),
+    shards_entry('caltech101', 'vtab-caltech101', templates=A_PHOTO, metric='mean_per_class',
+                 source='Fei-Fei et al. 2004'),
+    shards_entry('flowers102', 'vtab-flowers', templates=['a photo of a {}, a type of flower.'],
+                 metric='mean_per_class', source='Nilsback and Zisserman 2008'),
     shards_entry('cars', 'cars', templates=A_PHOTO, source='Krause et al. 2013'),
-    shards_entry('aircraft', 'fgvc_aircraft', templates=['a photo of a {}, a type of aircraft.'], metric='mean_per_class', source='Maji et al. 2013'),
-    shards_entry('dtd', 'vtab-dtd', templates=['a photo of a {} texture.'], source='Cimpoi et al. 2014'),
-    shards_entry('eurosat', 'vtab-eurosat', templates=['a satellite photo of a {}.'], source='Helber et al. 2019'),
-    shards_entry('sun397', 'sun397', train_split=None, templates=A_PHOTO, source='Xiao et al. 2010'))
+    shards_entry('aircraft', 'fgvc_aircraft', templates=['a photo of a {}, a type of aircraft.'],
+                 metric='mean_per_class', source='Maji et al. 2013'),
+    shards_entry('dtd', 'vtab-dtd', templates=['a photo of a {} texture.'],
+                 source='Cimpoi et al. 2014'),
+    shards_entry('eurosat', 'vtab-eurosat', templates=['a satellite photo of a {}.'],
+                 source='Helber et al. 2019'),
+    shards_entry('sun397', 'sun397', train_split=None, templates=A_PHOTO,
+                 source='Xiao et al. 2010'))
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #e55652d4
 register(
-    Entry('imagenet', 'ILSVRC/imagenet-1k', split='val', class_names=imagenet_names, keys=imagenet_synsets, files=dict(validation='data/validation-*'), source='Russakovsky et al. 2015'),
-    shards_entry('imagenet_v2', 'imagenetv2', train_split=None, class_names=imagenet_names, keys=imagenet_synsets, source='Recht et al. 2019'),
-    shards_entry('imagenet_sketch', 'imagenet_sketch', train_split=None, image_column='jpg', class_names=imagenet_names, keys=imagenet_synsets, source='Wang et al. 2019'),
-    shards_entry('imagenet_a', 'imagenet-a', train_split=None, image_column='jpg', class_names=lambda: imagenet_names(imagenet_synsets('imagenet_a')),
-                 keys=lambda: imagenet_synsets('imagenet_a'), source='Hendrycks et al. 2021, Natural Adversarial Examples'),
-    shards_entry('imagenet_r', 'imagenet-r', train_split=None, image_column='jpg', class_names=lambda: imagenet_names(imagenet_synsets('imagenet_r')),
-                 keys=lambda: imagenet_synsets('imagenet_r'), source='Hendrycks et al. 2021, The Many Faces of Robustness'),
-    shards_entry('objectnet', 'objectnet', train_split=None, image_column='png', source='Barbu et al. 2019'))
+    Entry('imagenet', 'ILSVRC/imagenet-1k', split='val', class_names=imagenet_names,
+          keys=imagenet_synsets, files=dict(validation='data/validation-*'),
+          source='Russakovsky et al. 2015'),
+    shards_entry('imagenet_v2', 'imagenetv2', train_split=None, class_names=imagenet_names,
+                 keys=imagenet_synsets, source='Recht et al. 2019'),
+    shards_entry('imagenet_sketch', 'imagenet_sketch', train_split=None, image_column='jpg',
+                 class_names=imagenet_names, keys=imagenet_synsets, source='Wang et al. 2019'),
+    shards_entry('imagenet_a', 'imagenet-a', train_split=None, image_column='jpg',
+                 class_names=lambda: imagenet_names(imagenet_synsets('imagenet_a')),
+                 keys=lambda: imagenet_synsets('imagenet_a'),
+                 source='Hendrycks et al. 2021, Natural Adversarial Examples'),
+    shards_entry('imagenet_r', 'imagenet-r', train_split=None, image_column='jpg',
+                 class_names=lambda: imagenet_names(imagenet_synsets('imagenet_r')),
+                 keys=lambda: imagenet_synsets('imagenet_r'),
+                 source='Hendrycks et al. 2021, The Many Faces of Robustness'),
+    shards_entry('objectnet', 'objectnet', train_split=None, image_column='png',
+                 source='Barbu et al. 2019'))
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #4b9f2121
 def label_places(
@@ -188,14 +251,19 @@ def label_places(
     keys:list|None=None, # What stands for them instead, in the same order
 ) -> dict: # What the column may hold, to the class number
     "Where each label goes."
-    C,own,keyed = len(class_names),getattr(feature, 'names', None),{k: i for i,k in enumerate(keys or [])}
-    if keyed and not isinstance(keys[0], str): return keyed                       # numbers of a larger list
+    C,own,keyed = len(class_names),getattr(feature, 'names', None),{k: i for i,
+        k in enumerate(keys or [])}
+    # numbers of a larger list
+    if keyed and not isinstance(keys[0], str): return keyed
     digits = {str(i): i for i in range(C)}
     table = digits | {name: i for i,name in enumerate(class_names)} | keyed
     if own is None: return table | {i: i for i in range(C)}
     if all(n in table for n in own): return {i: table[n] for i,n in enumerate(own)}
     if any(n in keyed for n in own): return {i: keyed[n] for i,n in enumerate(own) if n in keyed}
-    if len(own) != C: raise ValueError(f"the data have {len(own)} classes ({', '.join(own[:3])}, ...), but there are {C} class names ({', '.join(class_names[:3])}, ...)")
+    if len(own) != C:
+        raise ValueError(
+            f"the data have {len(own)} classes ({', '.join(own[:3])}, ...), but there are {C} "
+            f"class names ({', '.join(class_names[:3])}, ...)")
     return {i: i for i in range(C)}
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #0fd80d1b
@@ -207,12 +275,15 @@ def to_class_numbers(
     drop_others:bool=False, # None for other classes; False: they are an error
 ) -> list[int|None]: # Class numbers; -1 where there is no label
     "Turn labels into class numbers."
-    place = lambda v: -1 if v is None or v == -1 else places.get(v) if isinstance(v, (str, int)) else None
+    place = lambda v: -1 if v is None or v == -1 else places.get(v) if isinstance(v,
+        (str, int)) else None
     out = [place(v) for v in values]
     if None in out and not drop_others:
         i = out.index(None)
         called = f" ({own[values[i]]})" if own and 0 <= values[i] < len(own) else ''
-        raise ValueError(f"row {i} of {where} has the label {values[i]!r:.60}{called}, which is none of the {len(set(places.values()))} classes")
+        raise ValueError(
+            f"row {i} of {where} has the label {values[i]!r:.60}{called}, which is none of the "
+            f"{len(set(places.values()))} classes")
     return out
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #bb6405c7
@@ -227,29 +298,39 @@ def tidy_rows(
     "One split with the two columns that matter."
     import datasets
     image,label = columns
-    for c in columns: find_column(rows.column_names, c, (), 'image_column' if c == image else 'caption_column')
+    for c in columns:
+        find_column(rows.column_names, c, (), 'image_column' if c == image else 'caption_column')
     rows = rows.select_columns([image, label])
-    if isinstance(rows.features[image], datasets.Image): rows = rows.cast_column(image, datasets.Image(decode=False))
+    if isinstance(rows.features[image], datasets.Image):
+        rows = rows.cast_column(image, datasets.Image(decode=False))
     if names is None: return rows
     values,feature = rows.select_columns([label])[:][label],rows.features[label]
-    numbers = to_class_numbers(values, label_places(feature, names, keys), where, getattr(feature, 'names', None), drop_others)
+    numbers = to_class_numbers(values, label_places(feature, names, keys), where,
+                               getattr(feature, 'names', None), drop_others)
     if all(c in (None, -1) for c in numbers): return None
-    if numbers != values: rows = rows.remove_columns(label).add_column(label, [-1 if c is None else c for c in numbers])
-    return rows.select([i for i,c in enumerate(numbers) if c is not None]) if None in numbers else rows
+    if numbers != values:
+        rows = rows.remove_columns(label).add_column(label,
+                                                     [-1 if c is None else c for c in numbers])
+    return rows.select([i for i,
+                        c in enumerate(numbers) if c is not None]) if None in numbers else rows
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #4c70710e
 def find_data(
-    data:str, # Name of an entry, 'NAME=PATH', a local path, or a data set's name on the Hugging Face hub
+    # Name of an entry, 'NAME=PATH', a local path, or a data set's name on the Hugging Face hub
+    data:str,
 ) -> tuple[Entry,str|None]: # The entry, and the path to read instead of the hub
     "What a user's text means."
     data = os.path.expanduser(str(data))
     name,equals,path = data.partition('=')
     if equals and not os.path.exists(data):
-        if name not in REGISTRY: raise ValueError(f"{name!r} is no data set of the registry." + nearest(name, list(REGISTRY)))
+        if name not in REGISTRY:
+            raise ValueError(f"{name!r} is no data set of the registry."
+                             + nearest(name, list(REGISTRY)))
         return REGISTRY[name], os.path.expanduser(path)
     if data in REGISTRY: return REGISTRY[data], None
     if re.fullmatch(r'\w+', data) and not os.path.exists(data):
-        raise ValueError(f"{data!r} is no data set of the registry, and there is no such folder." + nearest(data, list(REGISTRY)))
+        raise ValueError(f"{data!r} is no data set of the registry, and there is no such folder."
+                         + nearest(data, list(REGISTRY)))
     return Entry(data, data, label_column=None, image_column=None, templates='plain'), data
 
 def fetch_rows(
@@ -259,8 +340,13 @@ def fetch_rows(
     "Open a data set."
     if path is not None or entry.files is None: return load_rows(path or entry.path)
     import datasets
-    try: found = datasets.load_dataset(entry.path, data_files=entry.files, verification_mode='no_checks')
-    except Exception as e: raise ValueError(f"{entry.path!r} could not be loaded from the Hugging Face hub: {(str(e) or type(e).__name__).splitlines()[0]:.200}") from e
+    try:
+        found = datasets.load_dataset(entry.path, data_files=entry.files,
+                                      verification_mode='no_checks')
+    except Exception as e:
+        raise ValueError(
+            f"{entry.path!r} could not be loaded from the Hugging Face hub: "
+            f"{(str(e) or type(e).__name__).splitlines()[0]:.200}") from e
     return {s: found[n] for s,names in SPLITS.items() for n in names if n in found}
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #ca8982ed
@@ -269,20 +355,29 @@ def choose_splits(
     entry:Entry, # The data set
     split:str='test', # Split wanted; 'test' is what the data set is measured on
     labelled:bool=True, # Whether rows have class numbers
-) -> tuple[dict,str]: # Split to rows, 'test' being what is measured on, and what the data set itself calls the one that is wanted
+) -> tuple[dict,
+           # Split to rows, 'test' being what is measured on, and what the data set itself calls the
+           # one that is wanted
+           str]:
     "Decide what is for training, for choosing and for testing."
-    if split not in SPLITS: raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     found,own,last = {s: r for s,r in rows.items() if r is not None},split,[]
-    if entry.train_split is None: last = ['train']                              # one split, whatever it is called
-    elif list(rows) == ['train']: found = hold_out(found['train'], scattered=labelled) if found else {}
+    # one split, whatever it is called
+    if entry.train_split is None: last = ['train']
+    elif list(rows) == ['train']:
+        found = hold_out(found['train'], scattered=labelled) if found else {}
     elif entry.train_split in found: found['train'] = found.pop(entry.train_split)
     if split == 'test':
         own = next((s for s in [entry.split, 'test', 'val', *last] if s in found), split)
-        if own in found: found['test'] = found.pop(own)                         # what is measured on must not choose anything
+        # what is measured on must not choose anything
+        if own in found: found['test'] = found.pop(own)
     if split not in found:
         why = 'with a label in any row' if split in rows else f"; its splits: {', '.join(rows)}"
-        raise ValueError(f"{entry.name!r} has no split {split!r}{why if why[0] == ';' else ' ' + why}")
-    return {s: found[s] for s in SPLITS if s in found and (s == split or entry.train_split)}, 'train' if list(rows) == ['train'] else own
+        raise ValueError(
+            f"{entry.name!r} has no split {split!r}{why if why[0] == ';' else ' ' + why}")
+    return {s: found[s] for s in SPLITS if s in found
+            and (s == split or entry.train_split)}, 'train' if list(rows) == ['train'] else own
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #5678448a
 def choose_columns(
@@ -293,8 +388,11 @@ def choose_columns(
 ) -> tuple[str,str]: # Picture column, and label or caption column
     "Choose the two columns to read."
     if entry.label_column is None: return pair_columns(features, image_column, caption_column)[:2]
-    if caption_column is None: caption_column = next((c for c in (entry.label_column, 'label', 'cls') if c in features), entry.label_column)
-    image = find_column(list(features), image_column, (entry.image_column or '', *IMAGE_NAMES), 'image_column')
+    if caption_column is None:
+        caption_column = next((c for c in (entry.label_column, 'label', 'cls') if c in features),
+                              entry.label_column)
+    image = find_column(list(features), image_column, (entry.image_column or '', *IMAGE_NAMES),
+                        'image_column')
     return image, find_column(list(features), caption_column, (), 'caption_column')
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #e4ed3498
@@ -311,14 +409,20 @@ def shipped_names(
     path:str|None=None, # Path that is read instead of the hub
 ) -> list[str]: # Names, one from each line
     "Class names from a file of the data set."
-    folder = os.path.dirname(re.split(r'[*?[]', path)[0]) if path and not os.path.isdir(path) else path or entry.path
+    folder = os.path.dirname(re.split(r'[*?[]',
+                                      path)[0]) if path and not os.path.isdir(path) else path or entry.path
     try:
         if path or os.path.isdir(folder): file = find_file(folder, entry.class_names)
         else:
             from huggingface_hub import hf_hub_download
             file = hf_hub_download(entry.path, entry.class_names, repo_type='dataset')
-    except Exception as e: raise ValueError(f"the class names of {entry.name!r} are to be read from {entry.class_names}, but {type(e).__name__}: {str(e).splitlines()[0]:.150}; put the file there or give class_names") from e
-    return [line.strip() for line in Path(file).read_text(encoding='utf8').splitlines() if line.strip()]
+    except Exception as e:
+        raise ValueError(
+            f"the class names of {entry.name!r} are to be read from {entry.class_names}, but "
+            f"{type(e).__name__}: {str(e).splitlines()[0]:.150}; put the file there or give "
+            f"class_names") from e
+    return [line.strip() for line in Path(file).read_text(encoding='utf8').splitlines()
+            if line.strip()]
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #7860c442
 def choose_names(
@@ -326,15 +430,25 @@ def choose_names(
     entry:Entry, # The data set
     class_names:list[str]|None=None, # Names from the user
     path:str|None=None, # Path that is read instead of the hub
-) -> tuple[list[str]|None,list|None]: # Class names, and what stands for them in the column; None and None where there are no classes
+) -> tuple[list[str]|None,
+           # Class names, and what stands for them in the column; None and None where there are no
+           # classes
+           list|None]:
     "What the classes are called."
     own = getattr(feature, 'names', None)
     keys = entry.keys() if callable(entry.keys) else entry.keys
-    if class_names is None: class_names = entry.class_names() if callable(entry.class_names) else entry.class_names if isinstance(entry.class_names, list) else None
-    if class_names is None and own and not all(n.isdigit() for n in own): return readable_names(own, entry.rename), own
+    if class_names is None:
+        class_names = entry.class_names(
+            ) if callable(entry.class_names) else entry.class_names if isinstance(entry.class_names, list) else None
+    if class_names is None and own and not all(n.isdigit() for n in own):
+        return readable_names(own, entry.rename), own
     if class_names is None and entry.class_names: class_names = shipped_names(entry, path)
-    if class_names is None and (own or 'int' in getattr(feature, 'dtype', '') or entry.label_column): raise ValueError(f"the labels of {entry.name!r} have no names; give class_names")
-    if class_names is not None and keys and len(class_names) != len(keys): raise ValueError(f"{entry.name!r} has {len(keys)} classes, but there are {len(class_names)} class names")
+    if class_names is None and (own or 'int' in getattr(feature, 'dtype', '')
+                                or entry.label_column):
+        raise ValueError(f"the labels of {entry.name!r} have no names; give class_names")
+    if class_names is not None and keys and len(class_names) != len(keys):
+        raise ValueError(
+            f"{entry.name!r} has {len(keys)} classes, but there are {len(class_names)} class names")
     return class_names, keys
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #18b16dd2
@@ -354,17 +468,22 @@ def need_labels(
     task:str='zero-shot classification', # What is to be done with it
 ):
     "Raise an error where a task needs classes and the data have captions."
-    if test_set.class_names is None: raise ValueError(f"{test_set.name!r} has captions and no class labels, which {task} needs")
+    if test_set.class_names is None:
+        raise ValueError(f"{test_set.name!r} has captions and no class labels, which {task} needs")
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #ae1a1de6
 def open_test_set(
-    data:str, # Name of an entry, 'NAME=PATH', a local folder or glob, or a data set's name on the Hugging Face hub
+    # Name of an entry, 'NAME=PATH', a local folder or glob, or a data set's name on the Hugging
+    # Face hub
+    data:str,
     image_size:int, # Side of the pictures in pixels
     split:str='test', # Split that must be there; where there is no 'test', 'val' takes its place
     image_column:str|None=None, # Column with pictures; None finds it
     caption_column:str|None=None, # Column with labels or captions; None finds it
-    class_names:list[str]|None=None, # What the classes are called; None: as the entry or the data say
-    prompt_templates:str|list[str]|None=None, # Prompts, one prompt, or the name of a set; None: as the entry says
+    # What the classes are called; None: as the entry or the data say
+    class_names:list[str]|None=None,
+    # Prompts, one prompt, or the name of a set; None: as the entry says
+    prompt_templates:str|list[str]|None=None,
 ) -> TestSet: # Pictures, class names, prompts and measure
     "Open a data set for zero-shot classification, probes or retrieval."
     entry,path = find_data(data)
@@ -375,7 +494,8 @@ def open_test_set(
     prompts = entry.templates if prompt_templates is None else prompt_templates
     if isinstance(prompts, str): prompts = [prompts] if '{}' in prompts else templates(prompts)
     if names is not None: check_prompts(names, prompts)
-    rows = {s: tidy_rows(r, columns, names, keys, f"split {s!r} of {entry.name!r}", entry.drop_others) for s,r in rows.items()}
+    rows = {s: tidy_rows(r, columns, names, keys, f"split {s!r} of {entry.name!r}",
+                         entry.drop_others) for s,r in rows.items()}
     rows,own = choose_splits(rows, entry, split, names is not None)
     pairs = {s: Pairs(r, *columns, eval_transform(image_size), names) for s,r in rows.items()}
     return TestSet(entry.name, pairs, names, list(prompts), entry.metric, own)
@@ -388,8 +508,10 @@ def classifier_key(
     templates:list[str], # Prompts
 ) -> str: # 16 hexadecimal digits
     "A fingerprint of all that a text classifier depends on."
-    weights = [part for name,w in flip.state_dict().items() if name.startswith('text_') for part in (name, w)]
-    return digest(asdict(flip.config), tokenizer.tok.to_str(), list(class_names), list(templates), *weights)
+    weights = [part for name,
+               w in flip.state_dict().items() if name.startswith('text_') for part in (name, w)]
+    return digest(asdict(flip.config), tokenizer.tok.to_str(), list(class_names), list(templates),
+                  *weights)
 
 def read_classifier(
     path:Path, # File written by `text_classifier`
@@ -397,7 +519,9 @@ def read_classifier(
     "A classifier from a file."
     try:
         with safe_open(path, 'pt') as f: z,told = f.get_tensor('classifier'),f.metadata()['digest']
-    except Exception: return None                                               # whatever is wrong with it, it is built anew
+    except Exception:
+        # whatever is wrong with it, it is built anew
+        return None
     return z if digest(z) == told else None
 
 # %% ../../nbs/5_evaluation/04_datasets.ipynb #9e390712
@@ -417,12 +541,14 @@ def text_classifier(
     path = None if folder is None else Path(folder)/f'classifier-{key}.safetensors'
     z,main = CLASSIFIERS.pop(key, None),processes()[0] == 0
     if z is None and path and main: z = read_classifier(path)
-    z = gather_objects(z)[0]                                                    # all processes build one, or none
+    # all processes build one, or none
+    z = gather_objects(z)[0]
     built = z is None
     if built: z = zero_shot_classifier(flip, tokenizer, class_names, templates, in_turns).cpu()
     if path and main and (built or not path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(classifier=z.contiguous()), path.with_suffix('.part'), dict(digest=digest(z)))
+        save_file(dict(classifier=z.contiguous()), path.with_suffix('.part'),
+                  dict(digest=digest(z)))
         path.with_suffix('.part').replace(path)
     CLASSIFIERS[key] = z
     while len(CLASSIFIERS) > MAX_CLASSIFIERS: del CLASSIFIERS[next(iter(CLASSIFIERS))]

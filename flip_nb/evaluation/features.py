@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from ..data.pairs import AllRows, Pairs, eval_transform, leave_signals
+from ..data.pairs import AllRows, leave_signals, Pairs
+from ..data.decode import eval_transform
 from ..distributed import gather_objects, processes
 from .scores import good_batch_size
 from ..files import write_json

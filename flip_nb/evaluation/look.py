@@ -32,12 +32,18 @@ def check_features(
     unit:bool=True, # They must have unit length
 ) -> Tensor: # The same on the CPU, float32, without gradient
     "Raise an error that says what is wrong with features."
-    if x.ndim != 2 or not len(x): raise ValueError(f"{name} must have shape (rows, width), with a row at least, got {tuple(x.shape)}")
+    if x.ndim != 2 or not len(x):
+        raise ValueError(
+            f"{name} must have shape (rows, width), with a row at least, got {tuple(x.shape)}")
     x = x.detach().float().cpu()
-    if len(bad := (~x.isfinite().all(1)).nonzero()): raise ValueError(f"row {bad[0, 0]} of {name} is not finite; look for it where the features were made")
+    if len(bad := (~x.isfinite().all(1)).nonzero()):
+        raise ValueError(
+            f"row {bad[0, 0]} of {name} is not finite; look for it where the features were made")
     length = x.norm(dim=1)
     if unit and len(bad := ((length - 1).abs() > .02).nonzero()):
-        raise ValueError(f"row {bad[0, 0]} of {name} has length {length[bad[0, 0]]:.3g} instead of 1; use flip_nb.loss.normalize first")
+        raise ValueError(
+            f"row {bad[0, 0]} of {name} has length {length[bad[0, 0]]:.3g} instead of 1; use "
+            f"flip_nb.loss.normalize first")
     return x
 
 # %% ../../nbs/5_evaluation/05_look.ipynb #3638dd9c
@@ -50,9 +56,15 @@ def check_numbers(
     "Raise an error that says what is wrong with labels or indices."
     x = torch.as_tensor(numbers).detach().cpu()
     if x.ndim != 1 or len(x) == 0 or (count is not None and len(x) != count):
-        raise ValueError(f"{name} must be a list of {'at least one number' if count is None else f'{count} numbers'}, got shape {tuple(x.shape)}")
-    if x.is_floating_point() or x.dtype == torch.bool: raise ValueError(f"{name} must be whole numbers, got {x.dtype}")
-    if len(bad := ((x < 0) | (x >= below)).nonzero()): raise ValueError(f"entry {bad[0, 0]} of {name} is {x[bad[0, 0]]}, but must be in [0, {below})")
+        raise ValueError(
+            f"{name} must be a list of "
+            f"{'at least one number' if count is None else f'{count} numbers'}, got shape "
+            f"{tuple(x.shape)}")
+    if x.is_floating_point() or x.dtype == torch.bool:
+        raise ValueError(f"{name} must be whole numbers, got {x.dtype}")
+    if len(bad := ((x < 0) | (x >= below)).nonzero()):
+        raise ValueError(
+            f"entry {bad[0, 0]} of {name} is {x[bad[0, 0]]}, but must be in [0, {below})")
     return x.long()
 
 # %% ../../nbs/5_evaluation/05_look.ipynb #58a9062b
@@ -64,10 +76,15 @@ def check_pairs(
     captions:list[str]|None=None, # `T` captions, or None
 ) -> tuple[Tensor,Tensor,Tensor]: # The first three, checked and on the CPU
     "Raise an error unless pictures, captions and features belong together."
-    x,y = check_features('image_features', image_features),check_features('text_features', text_features)
-    if x.shape[1] != y.shape[1]: raise ValueError(f"image_features have width {x.shape[1]} and text_features {y.shape[1]}: they are not of one model")
+    x,y = check_features('image_features', image_features),check_features('text_features',
+        text_features)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"image_features have width {x.shape[1]} and text_features {y.shape[1]}: they are not "
+            f"of one model")
     for name,given,wanted in (('pictures', images, x), ('captions', captions, y)):
-        if given is not None and len(given) != len(wanted): raise ValueError(f"there are {len(given)} {name}, but features of {len(wanted)}")
+        if given is not None and len(given) != len(wanted):
+            raise ValueError(f"there are {len(given)} {name}, but features of {len(wanted)}")
     return x, y, check_numbers('image_of_text', image_of_text, len(x), len(y))
 
 # %% ../../nbs/5_evaluation/05_look.ipynb #7a0ade6f
@@ -99,9 +116,12 @@ def picture(
 ) -> Tensor: # Picture (H, W, 3), on the CPU
     "One picture, ready to be drawn."
     x = images[int(i)]
-    if x.ndim != 3 or x.shape[0] != 3: raise ValueError(f"picture {int(i)} must have shape (3, H, W), got {tuple(x.shape)}")
+    if x.ndim != 3 or x.shape[0] != 3:
+        raise ValueError(f"picture {int(i)} must have shape (3, H, W), got {tuple(x.shape)}")
     if x.dtype != torch.uint8 and not (x.min() >= 0 and x.max() <= 1):
-        raise ValueError(f"picture {int(i)} must be uint8, or float between 0 and 1, got {x.dtype} from {x.min():.3g} to {x.max():.3g}; draw pictures as they were before normalising")
+        raise ValueError(
+            f"picture {int(i)} must be uint8, or float between 0 and 1, got {x.dtype} from "
+            f"{x.min():.3g} to {x.max():.3g}; draw pictures as they were before normalising")
     return x.detach().cpu().permute(1, 2, 0)
 
 # %% ../../nbs/5_evaluation/05_look.ipynb #f4123fb2
@@ -115,7 +135,8 @@ def picture_grid(
     "A figure and its axes (rows, columns, one more with text), without ticks."
     fig = new_figure(columns*size + text, rows*(size + .22*title) + .1)
     fig.get_layout_engine().set(w_pad=.02, h_pad=.02)
-    axs = fig.subplots(rows, columns + bool(text), squeeze=False, width_ratios=[text]*bool(text) + [size]*columns)
+    axs = fig.subplots(rows, columns + bool(text), squeeze=False,
+                       width_ratios=[text]*bool(text) + [size]*columns)
     for ax in axs.flat: ax.set(xticks=[], yticks=[])
     for ax in axs.flat: ax.spines[:].set_visible(False)
     return fig, axs
@@ -132,9 +153,12 @@ def best_matches(
     queries:Tensor, # Unit-length features (Q, E)
     gallery:Tensor, # Unit-length features (G, E)
     k:int, # How many, in [1, G]
-) -> tuple[Tensor,Tensor]: # Cosines (Q, k), the largest first, and their places in the gallery (Q, k)
+) -> tuple[Tensor,
+           Tensor]: # Cosines (Q, k), the largest first, and their places in the gallery (Q, k)
     "The nearest gallery entries of every query; of equal ones the first."
-    if not 1 <= k <= len(gallery): raise ValueError(f"k must be between 1 and the {len(gallery)} entries to choose from, got {k}")
+    if not 1 <= k <= len(gallery):
+        raise ValueError(
+            f"k must be between 1 and the {len(gallery)} entries to choose from, got {k}")
     cosines,places = similarity(queries, gallery).sort(dim=1, descending=True, stable=True)
     return cosines[:, :k], places[:, :k]
 
@@ -153,14 +177,18 @@ def retrieval_gallery(
     x,y,owner = check_pairs(image_features, text_features, image_of_text, images, captions)
     queries = check_numbers('queries', queries, len(y))
     cosines,places = best_matches(y[queries], x, k)
-    place = ranks(y[queries], owner[queries], x, torch.arange(len(x)))          # wrong pictures ahead of the right one
+    # wrong pictures ahead of the right one
+    place = ranks(y[queries], owner[queries], x, torch.arange(len(x)))
     fig,axs = picture_grid(len(queries), k, size, text=2.4)
-    for row,q,n,cos,found in zip(axs, queries.tolist(), place.tolist(), cosines.tolist(), places.tolist()):
-        lines = textwrap.wrap(captions[q], 28, max_lines=4, placeholder=' …') + [f'(right picture: number {n + 1} of {len(x)})']
+    for row,q,n,cos,found in zip(axs, queries.tolist(), place.tolist(), cosines.tolist(),
+                                 places.tolist()):
+        lines = textwrap.wrap(captions[q], 28, max_lines=4,
+                              placeholder=' …') + [f'(right picture: number {n + 1} of {len(x)})']
         row[0].text(0, .5, '\n'.join(lines), va='center', fontsize=9, parse_math=False)
         for ax,i,c in zip(row[1:], found, cos):
             ax.imshow(picture(images, i), interpolation='nearest')
-            ax.set_title(f'{c:.2f}' + (' right' if i == owner[q] else ''), fontsize=9, pad=3, fontweight='bold' if i == owner[q] else 'normal')
+            ax.set_title(f'{c:.2f}' + (' right' if i == owner[q] else ''), fontsize=9, pad=3,
+                         fontweight='bold' if i == owner[q] else 'normal')
             if i == owner[q]: frame(ax)
     return fig
 
@@ -179,16 +207,21 @@ def caption_gallery(
     x,y,owner = check_pairs(image_features, text_features, image_of_text, images, captions)
     queries = check_numbers('queries', queries, len(x))
     cosines,places = best_matches(x[queries], y, k)
-    place = ranks(x[queries], queries, y, owner)                                # wrong captions ahead of the best right one
+    # wrong captions ahead of the best right one
+    place = ranks(x[queries], queries, y, owner)
     fig,axs = picture_grid(len(queries), 2, max(size, .19*(k + 1)), title=False)
     fig.set_figwidth(size + 5)
     axs[0, 0].get_gridspec().set_width_ratios([size, 5])
-    for (ax,words),q,n,cos,found in zip(axs, queries.tolist(), place.tolist(), cosines.tolist(), places.tolist()):
+    for (ax,words),q,n,cos,found in zip(axs, queries.tolist(), place.tolist(), cosines.tolist(),
+                                        places.tolist()):
         ax.imshow(picture(images, q), interpolation='nearest')
-        best = f'best right caption: number {n + 1} of {len(y)}' if n < len(y) else 'no caption describes this picture'
-        rows = [(f'{c:.2f}  {textwrap.shorten(captions[i], 58, placeholder=" …")}', owner[i] == q) for c,i in zip(cos, found)] + [(f'({best})', False)]
+        best = f'best right caption: number {n + 1} of {len(y)}' if n < len(
+            y) else 'no caption describes this picture'
+        rows = [(f'{c:.2f}  {textwrap.shorten(captions[i], 58, placeholder=" …")}', owner[i] == q)
+                for c,i in zip(cos, found)] + [(f'({best})', False)]
         for j,(line,hit) in enumerate(rows):
-            words.text(.02, 1 - (j + .5)/len(rows), ('→ ' if hit else '    ') + line, va='center', fontsize=9, fontweight='bold' if hit else 'normal', parse_math=False)
+            words.text(.02, 1 - (j + .5)/len(rows), ('→ ' if hit else '    ') + line, va='center',
+                       fontsize=9, fontweight='bold' if hit else 'normal', parse_math=False)
     return fig
 
 # %% ../../nbs/5_evaluation/05_look.ipynb #68beebf5
@@ -203,7 +236,9 @@ def write_cells(
     low,high = ax.images[0].get_clim()
     for i,row in enumerate(values.tolist()):
         for j,v in enumerate(row):
-            if not math.isnan(v): ax.text(j, i, form.format(round(v, 2) + 0.), ha='center', va='center', fontsize=7, color='white' if v < (low + high)/2 else 'black')
+            if not math.isnan(v):
+                ax.text(j, i, form.format(round(v, 2) + 0.), ha='center', va='center', fontsize=7,
+                        color='white' if v < (low + high)/2 else 'black')
 
 def mark_cell(
     ax, # Axes with a picture of the values
@@ -212,7 +247,8 @@ def mark_cell(
 ):
     "Put a frame around a cell."
     from matplotlib.patches import Rectangle
-    ax.add_patch(Rectangle((column - .5, row - .5), 1, 1, fill=False, edgecolor=VERMILLION, linewidth=2.5))
+    ax.add_patch(Rectangle((column - .5, row - .5), 1, 1, fill=False, edgecolor=VERMILLION,
+                           linewidth=2.5))
 
 # %% ../../nbs/5_evaluation/05_look.ipynb #eae067b6
 def similarity_map(
@@ -226,14 +262,20 @@ def similarity_map(
     "Heat map of all cosines of captions (rows) and pictures (columns); right pairs are framed."
     x,y,owner = check_pairs(image_features, text_features, image_of_text, images, captions)
     (T,I),cell = (len(y), len(x)),.42
-    if max(I, T) > most: raise ValueError(f"a heat map of {T} captions and {I} pictures cannot be read; choose at most {most} of each")
+    if max(I, T) > most:
+        raise ValueError(
+            f"a heat map of {T} captions and {I} pictures cannot be read; choose at most {most} "
+            f"of each")
     fig = new_figure(I*cell + (3. if captions else 1.) + .8, (T + (images is not None))*cell + .6)
     ax = fig.subplots()
-    fig.colorbar(ax.imshow(cosines := similarity(y, x), cmap='cividis'), ax=ax, label='cosine', fraction=.04, pad=.02)
+    fig.colorbar(ax.imshow(cosines := similarity(y, x), cmap='cividis'), ax=ax, label='cosine',
+                 fraction=.04, pad=.02)
     write_cells(ax, cosines)
     for t,i in enumerate(owner.tolist()): mark_cell(ax, t, i)
     ax.set(xticks=range(I) if images is None else [], yticks=range(T), xlabel='picture')
-    ax.set_yticklabels(range(T) if captions is None else [textwrap.shorten(c, 44, placeholder=' …') for c in captions], fontsize=8, parse_math=False)
+    ax.set_yticklabels(range(T) if captions is None
+                       else [textwrap.shorten(c, 44, placeholder=' …') for c in captions],
+                       fontsize=8, parse_math=False)
     for i in range(I if images is not None else 0):
         above = ax.inset_axes([i - .46, -1.5, .92, .92], transform=ax.transData)
         above.imshow(picture(images, i), interpolation='nearest'); above.axis('off')
@@ -248,7 +290,8 @@ def confusion_counts(
     "Count every pair of right and given class."
     labels = check_numbers('labels', labels, num_classes)
     predicted = check_numbers('predicted', predicted, num_classes, len(labels))
-    return torch.bincount(labels*num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
+    return torch.bincount(labels*num_classes + predicted,
+                          minlength=num_classes**2).view(num_classes, num_classes)
 
 # %% ../../nbs/5_evaluation/05_look.ipynb #9c273c31
 def most_confused(
@@ -258,7 +301,8 @@ def most_confused(
     "The classes of the most frequent mistakes, pair by pair."
     if most < 2: raise ValueError(f"a confusion matrix needs at least 2 classes, got most={most}")
     C,chosen = len(counts),set()
-    pairs = (counts + counts.T).triu(1)                                         # both directions (C, C)
+    # both directions (C, C)
+    pairs = (counts + counts.T).triu(1)
     for pair in pairs.flatten().sort(descending=True, stable=True).indices.tolist():
         new = chosen | {pair//C, pair % C}
         if len(new) <= most and pair//C < pair % C: chosen = new
@@ -278,12 +322,16 @@ def confusion_matrix(
     part,n = counts[chosen][:, chosen],len(chosen)
     fig = new_figure(2.4 + .3*n + .4*(n <= 12), 1.8 + .3*n + .1*(n <= 12))
     ax = fig.subplots()
-    shares = part/counts[chosen].sum(1, keepdim=True)                           # nan: no picture of this class
+    # nan: no picture of this class
+    shares = part/counts[chosen].sum(1, keepdim=True)
     ax.set_facecolor('.8'); ax.patch.set(hatch='////', edgecolor='.6')
-    fig.colorbar(ax.imshow(shares, cmap='cividis', vmin=0, vmax=shares.nan_to_num(0).max()), ax=ax, label='share of the row', fraction=.04, pad=.02)
-    write_cells(ax, shares.where(shares >= .005, math.nan), most=12)                # zeros stay blank
+    fig.colorbar(ax.imshow(shares, cmap='cividis', vmin=0, vmax=shares.nan_to_num(0).max()), ax=ax,
+                 label='share of the row', fraction=.04, pad=.02)
+    # zeros stay blank
+    write_cells(ax, shares.where(shares >= .005, math.nan), most=12)
     names = [textwrap.shorten(class_names[c], 24, placeholder=' …') for c in chosen.tolist()]
-    ax.set_xticks(range(n), names, rotation=90, fontsize=8, parse_math=False); ax.set_yticks(range(n), names, fontsize=8, parse_math=False)
+    ax.set_xticks(range(n), names, rotation=90, fontsize=8, parse_math=False)
+    ax.set_yticks(range(n), names, fontsize=8, parse_math=False)
     wrong,seen = (counts.sum() - counts.trace()).item(),(part.sum() - part.trace()).item()
     about = f'{n} of {len(class_names)} classes, the most confused\n{seen} of all {wrong} mistakes are in sight' if n < len(class_names) else f'{wrong} mistakes in {counts.sum()} pictures'
     ax.set(xlabel='called', ylabel='is'); ax.set_title(about, fontsize=9)
@@ -294,11 +342,15 @@ def find_mistakes(
     scores:Tensor, # Cosines (N, classes), or logits with `logit_scale` 1
     labels:Tensor, # Right class of each picture (N,)
     logit_scale:float, # Factor on the scores, such as `clamped_exp(flip.logit_scale)`
-) -> tuple[Tensor,Tensor,Tensor]: # Numbers of the mistaken pictures (M,), the surest first, the class each was given (M,), and all probabilities (N, classes)
+) -> tuple[Tensor,Tensor,
+           # Numbers of the mistaken pictures (M,), the surest first, the class each was given (M,),
+           # and all probabilities (N, classes)
+           Tensor]:
     "Wrong answers, ordered by their probability."
     scores = check_features('scores', scores, unit=False)
     labels = check_numbers('labels', labels, scores.shape[1], len(scores))
-    if not 0 < float(logit_scale) < math.inf: raise ValueError(f"logit_scale is a factor above 0, got {float(logit_scale)}")
+    if not 0 < float(logit_scale) < math.inf:
+        raise ValueError(f"logit_scale is a factor above 0, got {float(logit_scale)}")
     probability = (scores.double()*float(logit_scale)).softmax(1)
     sure,given = probability.max(1)
     wrong = (given != labels).nonzero()[:, 0]
@@ -318,28 +370,37 @@ def confident_mistakes(
 ): # `Figure`
     "The wrong answers with the largest probability; where there is none, the figure says so."
     if k < 1: raise ValueError(f"k must be at least 1, got {k}")
-    if len(images) != len(scores): raise ValueError(f"there are {len(images)} pictures, but scores of {len(scores)}")
-    if len(class_names) != scores.shape[-1]: raise ValueError(f"there are {len(class_names)} class names, but scores for {scores.shape[-1]} classes")
+    if len(images) != len(scores):
+        raise ValueError(f"there are {len(images)} pictures, but scores of {len(scores)}")
+    if len(class_names) != scores.shape[-1]:
+        raise ValueError(
+            f"there are {len(class_names)} class names, but scores for {scores.shape[-1]} classes")
     rows,given,p = find_mistakes(scores, labels, logit_scale)
     shown,short = min(k, len(rows)),lambda c: textwrap.shorten(class_names[c], 20, placeholder=' …')
     fig,axs = picture_grid(max(1, math.ceil(shown/columns)), min(columns, max(shown, 2)), size)
     fig.set_figheight(fig.get_figheight() + .3 + .12*len(axs))
-    fig.suptitle(f'{len(rows)} mistakes in {len(scores)} pictures' + (f'; the {shown} surest' if shown < len(rows) else ''), fontsize=9)
+    fig.suptitle(f'{len(rows)} mistakes in {len(scores)} pictures'
+                 + (f'; the {shown} surest' if shown < len(rows) else ''), fontsize=9)
     for ax,i,c in zip(axs.flat, rows[:shown].tolist(), given.tolist()):
         y = int(labels[i])
         ax.imshow(picture(images, i), interpolation='nearest')
-        ax.set_title(f'called {short(c)} {p[i, c]:.0%}\nis {short(y)} {p[i, y]:.0%}', fontsize=8, pad=3, parse_math=False)
+        ax.set_title(f'called {short(c)} {p[i, c]:.0%}\nis {short(y)} {p[i, y]:.0%}', fontsize=8,
+                     pad=3, parse_math=False)
     return fig
 
 # %% ../../nbs/5_evaluation/05_look.ipynb #bdc3d196
 def attention_parts(
     attn:nn.Module, # `flip_nb.transformer.Attention`, or the one of a timm VisionTransformer
     x:Tensor, # Tokens that go into it (B, N, D)
-) -> tuple[Tensor,Tensor]: # Weights (B, num_heads, N, N), each row the shares of one query, and values (B, num_heads, N, head_dim)
+) -> tuple[Tensor,
+           # Weights (B, num_heads, N, N), each row the shares of one query, and values (B,
+           # num_heads, N, head_dim)
+           Tensor]:
     "What scaled dot-product attention does not write down."
     B,N,_ = x.shape
     q,k,v = attn.qkv(x).view(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    if hasattr(attn, 'q_norm'): q,k = attn.q_norm(q),attn.k_norm(k)             # timm; nothing for most models
+    # timm; nothing for most models
+    if hasattr(attn, 'q_norm'): q,k = attn.q_norm(q),attn.k_norm(k)
     return (q @ k.mT * q.shape[-1]**-.5).softmax(-1), v
 
 def rebuild_output(
@@ -355,7 +416,8 @@ def rebuild_output(
 class Inside(NamedTuple):
     "What the last block of an image tower did."
     tokens:Tensor # Final tokens of the kept patches (B, K, D), after the last LayerNorm
-    weights:Tensor # Attention of the last block (B, num_heads, prefix+K, prefix+K); rows are queries
+    # Attention of the last block (B, num_heads, prefix+K, prefix+K); rows are queries
+    weights:Tensor
     ids_keep:Tensor # Positions of the kept patches (B, K)
     prefix:int # Tokens in front of the patches: the class token, in timm also registers
 
@@ -366,17 +428,25 @@ def mask_noise(
     seed:int=0, # Seed of the masks
 ) -> Tensor: # One number per patch (B, N), the smallest are kept
     "The same noise for every ratio: masks lie inside each other."
-    return torch.rand(num_images, count_patches(flip), generator=torch.Generator().manual_seed(seed)).to(next(flip.parameters()).device)
+    return torch.rand(num_images, count_patches(flip),
+                      generator=torch.Generator(
+                      ).manual_seed(seed)).to(next(flip.parameters()).device)
 
 def last_attention(
     flip:FLIP, # The model
-) -> tuple[nn.Module,nn.Module,int]: # Attention of the last block, the LayerNorm behind it, and the tokens in front of the patches
+) -> tuple[nn.Module,nn.Module,
+           # Attention of the last block, the LayerNorm behind it, and the tokens in front of the
+           # patches
+           int]:
     "The parts of an image tower to look at."
     encoder = flip.image_encoder
-    tower,prefix = (encoder.vit, encoder.vit.num_prefix_tokens) if hasattr(encoder, 'vit') else (encoder.transformer, 1)
+    tower,prefix = (encoder.vit, encoder.vit.num_prefix_tokens) if hasattr(encoder,
+        'vit') else (encoder.transformer, 1)
     attn = getattr(tower.blocks[-1], 'attn', None)
     if not (hasattr(attn, 'qkv') and hasattr(attn, 'proj')):
-        raise ValueError(f"the last block of this image tower, a {type(tower.blocks[-1]).__name__}, has no attention that can be read here; choose another model")
+        raise ValueError(
+            f"the last block of this image tower, a {type(tower.blocks[-1]).__name__}, has no "
+            f"attention that can be read here; choose another model")
     return attn, tower.norm, prefix
 
 # %% ../../nbs/5_evaluation/05_look.ipynb #0099e2ab
@@ -384,11 +454,13 @@ def look_inside(
     flip:FLIP, # The model
     images:Tensor, # Pictures (B, 3, H, W), uint8
     mask_ratio:float=0., # Fraction of patches to drop, in [0, 1)
-    noise:Tensor|None=None, # One number per patch (B, N), the smallest are kept; None is `mask_noise`
+    # One number per patch (B, N), the smallest are kept; None is `mask_noise`
+    noise:Tensor|None=None,
 ) -> Inside: # Tokens, attention weights and positions
     "Run the image tower and keep what its last block did."
     check_uint8(images)
-    noise,(attn,norm,prefix),caught = mask_noise(flip, len(images)) if noise is None else noise,last_attention(flip),{}
+    noise,(attn,norm,prefix),caught = mask_noise(flip,
+                                                 len(images)) if noise is None else noise,last_attention(flip),{}
     hooks = [attn.register_forward_hook(lambda m, args, out: caught.update(x=args[0], out=out)),
              norm.register_forward_hook(lambda m, args, out: caught.update(tokens=out))]
     try:
@@ -399,9 +471,12 @@ def look_inside(
     finally:
         for h in hooks: h.remove()
     if not error <= 1e-3*caught['out'].abs().max():
-        raise ValueError(f"the attention of this image tower ({type(attn).__name__}) does more than weigh values by a softmax, so its weights cannot be read here; choose another model")
+        raise ValueError(
+            f"the attention of this image tower ({type(attn).__name__}) does more than weigh "
+            f"values by a softmax, so its weights cannot be read here; choose another model")
     tokens = caught['tokens'][:, prefix:].float()
-    return Inside(tokens, weights.float(), noise.argsort(dim=1, stable=True)[:, :tokens.shape[1]], prefix)
+    return Inside(tokens, weights.float(), noise.argsort(dim=1, stable=True)[:, :tokens.shape[1]],
+                  prefix)
 
 # %% ../../nbs/5_evaluation/05_look.ipynb #bb4adaa7
 def query_weights(
@@ -411,27 +486,32 @@ def query_weights(
     "How much each token's value counts."
     encoder = flip.image_encoder
     pool = encoder.vit.global_pool if hasattr(encoder, 'vit') else encoder.pool
-    w = inside.weights.mean(1)                                                  # (B, prefix+K, prefix+K)
+    # (B, prefix+K, prefix+K)
+    w = inside.weights.mean(1)
     if pool in ('cls', 'token'): return w[:, 0]
-    return (w[:, inside.prefix:] if hasattr(encoder, 'vit') else w).mean(1)     # timm averages patches only, we all tokens
+    # timm averages patches only, we all tokens
+    return (w[:, inside.prefix:] if hasattr(encoder, 'vit') else w).mean(1)
 
 def patch_attention(
     flip:FLIP, # The model
     images:Tensor, # Pictures (B, 3, H, W), uint8
     mask_ratio:float=0., # Fraction of patches to drop, in [0, 1)
-    noise:Tensor|None=None, # One number per patch (B, N), the smallest are kept; None is `mask_noise`
+    # One number per patch (B, N), the smallest are kept; None is `mask_noise`
+    noise:Tensor|None=None,
 ) -> Tensor: # Attention of each patch in multiples of an equal share (B, N); nan where it was dropped
     "Attention in the last block, by position."
     inside = look_inside(flip, images, mask_ratio, noise)
     w = query_weights(flip, inside)
-    return restore((w*w.shape[1])[:, inside.prefix:, None], inside.ids_keep, count_patches(flip), math.nan)[..., 0].cpu()
+    return restore((w*w.shape[1])[:, inside.prefix:, None], inside.ids_keep, count_patches(flip),
+                   math.nan)[..., 0].cpu()
 
 # %% ../../nbs/5_evaluation/05_look.ipynb #067eecd6
 def patch_grid(
     flip:FLIP, # The model
 ) -> tuple[int,int]: # Rows and columns of patches
     "How the patches lie."
-    if hasattr(flip.image_encoder, 'vit'): return tuple(flip.image_encoder.vit.patch_embed.grid_size)
+    if hasattr(flip.image_encoder, 'vit'):
+        return tuple(flip.image_encoder.vit.patch_embed.grid_size)
     return (math.isqrt(count_patches(flip)),)*2
 
 def check_ratios(
@@ -440,7 +520,8 @@ def check_ratios(
     "Raise an error unless every ratio can be drawn."
     if not len(mask_ratios): raise ValueError('mask_ratios is empty; give at least one, such as 0')
     for r in mask_ratios:
-        if not 0 <= r < 1: raise ValueError(f"mask_ratios are fractions of dropped patches in [0, 1), got {r}")
+        if not 0 <= r < 1:
+            raise ValueError(f"mask_ratios are fractions of dropped patches in [0, 1), got {r}")
     return list(mask_ratios)
 
 # %% ../../nbs/5_evaluation/05_look.ipynb #51817b87
@@ -459,10 +540,12 @@ def draw_patches(
         row[0].imshow(picture(images, i), interpolation='nearest')
         for ax,values in zip(row[1:], maps):
             v = values[i].view(*grid, *values.shape[2:])
-            if v.ndim == 3: v = torch.cat([v.nan_to_num(0), (~v[..., :1].isnan()).float()], -1)     # see-through where dropped
+            # see-through where dropped
+            if v.ndim == 3: v = torch.cat([v.nan_to_num(0), (~v[..., :1].isnan()).float()], -1)
             ax.set_facecolor('.85'); ax.patch.set(hatch='xxxx', edgecolor='.6')
             ax.imshow(v, interpolation='nearest', **kwargs)
-    for ax,text in zip(axs[0], ['picture'] + [f'{r:.0%} dropped' for r in mask_ratios]): ax.set_title(text, fontsize=8, pad=3)
+    for ax,text in zip(axs[0], ['picture'] + [f'{r:.0%} dropped' for r in mask_ratios]):
+        ax.set_title(text, fontsize=8, pad=3)
     return fig, axs
 
 # %% ../../nbs/5_evaluation/05_look.ipynb #411cd1bd
@@ -478,9 +561,11 @@ def attention_maps(
     noise,ratios = mask_noise(flip, len(images), seed),check_ratios(mask_ratios)
     maps = [patch_attention(flip, images, r, noise) for r in ratios]
     seen = torch.cat([m[~m.isnan()] for m in maps])
-    norm = LogNorm(min(seen.min().clamp(min=.05).item(), .5), max(seen.max().item(), 2.), clip=True)    # one scale for all maps
+    # one scale for all maps
+    norm = LogNorm(min(seen.min().clamp(min=.05).item(), .5), max(seen.max().item(), 2.), clip=True)
     fig,axs = draw_patches(images, maps, ratios, patch_grid(flip), size, cmap='cividis', norm=norm)
-    fig.colorbar(axs[0, 1].images[0], ax=axs[:, 1:], label='attention / equal share', fraction=.06, pad=.02, extend='min')
+    fig.colorbar(axs[0, 1].images[0], ax=axs[:, 1:], label='attention / equal share', fraction=.06,
+                 pad=.02, extend='min')
     fig.set_figwidth(fig.get_figwidth() + .75)
     return fig
 
@@ -494,23 +579,38 @@ def deletion_scores(
 ) -> Tensor: # Cosine with the right answer (B,)
     "What is left of the answer without the most important patches."
     check_uint8(images)
-    if importance.shape != (len(images), count_patches(flip)): raise ValueError(f"importance must have shape {(len(images), count_patches(flip))}, one number per patch, got {tuple(importance.shape)}")
-    if not importance.isfinite().all(): raise ValueError('importance must be finite: it has to rank all patches of the whole picture')
+    if importance.shape != (len(images), count_patches(flip)):
+        raise ValueError(
+            f"importance must have shape {(len(images), count_patches(flip))}, one number per "
+            f"patch, got {tuple(importance.shape)}")
+    if not importance.isfinite().all():
+        raise ValueError(
+            'importance must be finite: it has to rank all patches of the whole picture')
     device = next(flip.parameters()).device
-    with evaluating(flip): z = flip.encode_image(to_float(images.to(device)), mask_ratio, importance.to(device))   # the smallest noise is kept
+    # the smallest noise is kept
+    with evaluating(flip):
+        z = flip.encode_image(to_float(images.to(device)), mask_ratio, importance.to(device))
     return (z*targets.to(device)).sum(1).cpu()
 
 # %% ../../nbs/5_evaluation/05_look.ipynb #24827a4a
 def principal_components(
     x:Tensor, # Rows (M, D)
     k:int=3, # Components, in [1, min(M, D)]
-) -> tuple[Tensor,Tensor,Tensor]: # Mean (D,), components (k, D) of unit length, and their shares of the variance (k,); float64
+) -> tuple[Tensor,Tensor,
+           # Mean (D,), components (k, D) of unit length, and their shares of the variance (k,);
+           # float64
+           Tensor]:
     "Directions of largest variance; the largest entry of each is positive."
     x = check_features('the rows', x, unit=False).double()
-    if not 1 <= k <= min(x.shape): raise ValueError(f"{tuple(x.shape)} rows and columns have between 1 and {min(x.shape)} components, got k={k}")
+    if not 1 <= k <= min(x.shape):
+        raise ValueError(
+            f"{tuple(x.shape)} rows and columns have between 1 and {min(x.shape)} components, got "
+            f"k={k}")
     mean = x.mean(0)
-    _,s,v = torch.linalg.svd(x - mean, full_matrices=False)                     # s (min(M, D),), v (min(M, D), D)
-    if not s[0] > 1e-6*x.norm(): raise ValueError(f"all {len(x)} rows are equal: there is no direction of largest variance")
+    # s (min(M, D),), v (min(M, D), D)
+    _,s,v = torch.linalg.svd(x - mean, full_matrices=False)
+    if not s[0] > 1e-6*x.norm():
+        raise ValueError(f"all {len(x)} rows are equal: there is no direction of largest variance")
     sign = v.gather(1, v.abs().argmax(1, keepdim=True)).sign()
     return mean, (v*sign)[:k], (s**2/(s**2).sum())[:k]
 
@@ -520,10 +620,14 @@ def patch_components(
     images:Tensor, # Pictures (B, 3, H, W), uint8
     mask_ratios:list[float], # Fractions of patches to drop, each in [0, 1)
     seed:int=0, # Seed of the masks
-) -> tuple[list[Tensor],Tensor]: # For each ratio three components per patch (B, N, 3), nan where dropped; shares of the variance (3,)
+) -> tuple[list[Tensor],
+           # For each ratio three components per patch (B, N, 3), nan where dropped; shares of the
+           # variance (3,)
+           Tensor]:
     "Final patch tokens in the three main directions of the whole pictures."
     noise,n = mask_noise(flip, len(images), seed),count_patches(flip)
-    mean,components,share = principal_components(look_inside(flip, images, 0., noise).tokens.flatten(0, 1))
+    mean,components,share = principal_components(look_inside(flip, images, 0.,
+        noise).tokens.flatten(0, 1))
     maps = []
     for r in mask_ratios:
         inside = look_inside(flip, images, r, noise)
@@ -536,19 +640,24 @@ def patch_pca(
     flip:FLIP, # The model
     images:Tensor, # Pictures (B, 3, H, W), uint8
     mask_ratios:tuple[float,...]=(0., .5, .75), # Fractions of patches to drop, each in [0, 1)
-    component:int|None=None, # Draw one component, 0, 1 or 2, in shades; None draws all three as red, green and blue
+    # Draw one component, 0, 1 or 2, in shades; None draws all three as red, green and blue
+    component:int|None=None,
     seed:int=0, # Seed of the masks
     size:float=1.1, # Side of a picture in inches
 ): # `Figure`
     "Final patch features as colours; the same directions and scales at every ratio."
-    if component not in (None, 0, 1, 2): raise ValueError(f"component must be 0, 1, 2 or None, got {component!r}")
+    if component not in (None, 0, 1, 2):
+        raise ValueError(f"component must be 0, 1, 2 or None, got {component!r}")
     ratios = check_ratios(mask_ratios)
     maps,share = patch_components(flip, images, [0.] + ratios, seed)
-    whole,*maps = maps                                                          # the scale comes from whole pictures, too
-    low,high = whole.flatten(0, 1).quantile(torch.tensor([.02, .98]).double(), dim=0)     # each (3,)
+    # the scale comes from whole pictures, too
+    whole,*maps = maps
+    # each (3,)
+    low,high = whole.flatten(0, 1).quantile(torch.tensor([.02, .98]).double(), dim=0)
     maps = [((m - low)/(high - low)).clamp(0, 1) for m in maps]
     if component is not None: maps = [m[..., component] for m in maps]
-    fig,_ = draw_patches(images, maps, ratios, patch_grid(flip), size, cmap='cividis', vmin=0, vmax=1)
+    fig,_ = draw_patches(images, maps, ratios, patch_grid(flip), size, cmap='cividis', vmin=0,
+                         vmax=1)
     what = f'{share.sum():.0%} of the variance' if component is None else f'component {component + 1}: {share[component]:.0%} of the variance'
     fig.set_figheight(fig.get_figheight() + .25); fig.suptitle(what, fontsize=9)
     return fig
@@ -559,30 +668,46 @@ def embedding_map(
     labels:Tensor, # Group of each (N,)
     names:list[str], # What the groups are called, at most 12
     title:str='', # Line above the map
-    colours:list|None=None, # Colour of each group; None takes colours that most people can tell apart
+    # Colour of each group; None takes colours that most people can tell apart
+    colours:list|None=None,
 ): # `Figure`
     "Features in their two directions of largest variance, one colour and marker per group."
-    x,y = check_features('features', features, unit=False),check_numbers('labels', labels, len(names), len(features))
-    if len(names) > len(GROUP_MARKERS): raise ValueError(f"{len(names)} groups cannot be told apart; choose at most {len(GROUP_MARKERS)}")
-    if colours is not None and len(colours) != len(names): raise ValueError(f"there are {len(names)} groups, but {len(colours)} colours")
+    x,y = check_features('features', features, unit=False),check_numbers('labels', labels,
+        len(names), len(features))
+    if len(names) > len(GROUP_MARKERS):
+        raise ValueError(
+            f"{len(names)} groups cannot be told apart; choose at most {len(GROUP_MARKERS)}")
+    if colours is not None and len(colours) != len(names):
+        raise ValueError(f"there are {len(names)} groups, but {len(colours)} colours")
     mean,components,share = principal_components(x, 2)
     z = (x.double() - mean) @ components.T                                      # (N, 2)
     fig = new_figure(5.6, 3.6)
     ax = fig.subplots()
     for g,name in enumerate(names):
         colour = colours[g] if colours else GROUP_COLOURS[g % len(GROUP_COLOURS)]
-        ax.plot(*z[y == g].T, linestyle='', marker=GROUP_MARKERS[g], color=colour, markersize=5, alpha=.8, markeredgewidth=.4, markeredgecolor='.2', label=name)
-    ax.set(xlabel=f'component 1 ({share[0]:.0%} of the variance)', ylabel=f'component 2 ({share[1]:.0%})', aspect='equal', title=title)
+        ax.plot(*z[y == g].T, linestyle='', marker=GROUP_MARKERS[g], color=colour, markersize=5,
+                alpha=.8, markeredgewidth=.4, markeredgecolor='.2', label=name)
+    ax.set(xlabel=f'component 1 ({share[0]:.0%} of the variance)',
+           ylabel=f'component 2 ({share[1]:.0%})', aspect='equal', title=title)
     ax.locator_params(nbins=5)
-    ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5), handletextpad=.2)
+    ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5),
+              handletextpad=.2)
     return fig
 
 # %% ../../nbs/5_evaluation/05_look.ipynb #44e81f90
 def modality_gap(
     image_features:Tensor, # Unit-length embeddings of pictures (I, E)
     text_features:Tensor, # Unit-length embeddings of captions (T, E)
-) -> dict[str,float]: # 'cosine' between the mean picture and the mean caption, and the 'distance' of the two means
+) -> dict[str,
+          # 'cosine' between the mean picture and the mean caption, and the 'distance' of the two
+          # means
+          float]:
     "How far apart pictures and captions lie as two crowds (Liang et al. 2022)."
-    x,y = check_features('image_features', image_features).mean(0),check_features('text_features', text_features).mean(0)
-    if x.shape != y.shape: raise ValueError(f"image_features have width {len(x)} and text_features {len(y)}: they are not of one model")
-    return dict(cosine=(normalize(x[None])*normalize(y[None])).sum().item(), distance=(x - y).norm().item())
+    x,y = check_features('image_features', image_features).mean(0),check_features('text_features',
+        text_features).mean(0)
+    if x.shape != y.shape:
+        raise ValueError(
+            f"image_features have width {len(x)} and text_features {len(y)}: they are not of one "
+            f"model")
+    return dict(cosine=(normalize(x[None])*normalize(y[None])).sum().item(),
+                distance=(x - y).norm().item())

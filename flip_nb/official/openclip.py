@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torchvision.transforms import v2
 from ..model import IMAGENET_MEAN, IMAGENET_STD, to_float
-from ..data.pairs import decode_image, eval_transform
+from ..data.decode import decode_image, eval_transform
 from ..loss import MAX_LOGIT_SCALE, normalize as unit_length
 from ..model import FLIP
 from ..text import CaptionTokenizer

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from ..model import IMAGENET_MEAN, IMAGENET_STD
-from ..data.pairs import decode_image
+from ..data.decode import decode_image
 
 # %% ../../nbs/6_official/03_preprocess.ipynb #05b43366
 def cubic(

@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from PIL import Image
 from torchvision.transforms import v2
-from ..data.pairs import decode_image, like_a_photo, load_image, train_transform
+from ..data.decode import decode_image, like_a_photo, load_image, train_transform
 from ..model import to_float
 from ..loss import info_nce, normalize
 from ..model import FLIP, preset_config

@@ -28,7 +28,8 @@ class OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         "Multiply."
-        x = x.contiguous()                      # oneDNN is very slow where rows overlap, as after `expand`
+        # oneDNN is very slow where rows overlap, as after `expand`
+        x = x.contiguous()
         ctx.save_for_backward(x, weight)
         return onednn(x, weight, bias)
 
@@ -85,7 +86,8 @@ def attend(
     if q.device.type != 'cpu' or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
     with torch.autocast('cpu', enabled=False):
-        scores = (q*q.shape[-1]**-.5) @ k.transpose(-2, -1)                     # (B, num_heads, N, N)
+        # (B, num_heads, N, N)
+        scores = (q*q.shape[-1]**-.5) @ k.transpose(-2, -1)
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
         return scores.softmax(dim=-1) @ v
@@ -95,12 +97,14 @@ class FastAttention(Attention):
     "`Attention` with `attend` in the middle."
     def forward(self,
         x:Tensor, # Tokens (B, N, D)
-        attn_mask:Tensor|None=None, # True where a token may be looked at (B, 1, 1, N); None: everywhere
+        # True where a token may be looked at (B, 1, 1, N); None: everywhere
+        attn_mask:Tensor|None=None,
     ) -> Tensor: # Tokens (B, N, D)
         "Let every token gather from the others."
         B,N,D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D//self.num_heads)
-        q,k,v = qkv.permute(2, 0, 3, 1, 4)                          # each (B, num_heads, N, head_dim)
+        # each (B, num_heads, N, head_dim)
+        q,k,v = qkv.permute(2, 0, 3, 1, 4)
         x = attend(q, k, v, attn_mask)                              # (B, num_heads, N, head_dim)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
@@ -119,7 +123,8 @@ def length_groups(
 ) -> list[tuple[Tensor,int]]: # Rows of each group, and the length of its longest caption
     "Captions of like length."
     places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-    lengths = ((ids != PAD_ID)*places).amax(1).clamp(min=1)                 # (B,) place of the last word
+    # (B,) place of the last word
+    lengths = ((ids != PAD_ID)*places).amax(1).clamp(min=1)
     order = lengths.argsort()
     chunks = order.chunk(max(1, min(most, len(ids)//fewest)))
     groups = [(rows, int(lengths[rows[-1]])) for rows in chunks]
@@ -139,7 +144,8 @@ class FastTextEncoder(TextEncoder):
         "Encode captions and pool them."
         masked = bool(mask_ratio) or noise is not None
         whole = masked or not self.padding_mask or ids.shape[1] > self.context_length
-        if whole or not wants_groups(ids): return super().forward(ids, mask_ratio, mask_order, noise)
+        if whole or not wants_groups(ids):
+            return super().forward(ids, mask_ratio, mask_order, noise)
         groups = length_groups(ids)
         if len(groups) == 1: return super().forward(ids[:, :groups[0][1]])
         order = torch.cat([rows for rows,_ in groups])

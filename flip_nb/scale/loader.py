@@ -17,9 +17,13 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from ..data.pairs import Batches, Collate, corpus, leave_signals, load_pairs, train_transform
-from ..data.stream import (
-    PairStream, SkippedRows, Source, count_pairs, open_stream, stream_corpus, stream_loader)
+from ..data.pairs import Batches, Collate, corpus, leave_signals
+from ..data.folders import load_pairs
+from ..data.decode import train_transform
+from ..data.stream import PairStream, stream_loader
+from ..data.pairs import SkippedRows
+from ..data.records import Source
+from ..data.sources import count_pairs, open_stream, stream_corpus
 from ..model import FLIP, preset_config
 from ..official.recipe import load_tokenizer
 from .config import DataConfig, ModelConfig, TrainConfig

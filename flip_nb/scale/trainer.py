@@ -23,7 +23,7 @@ from torch import nn, Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from ..data.pairs import Collate
-from ..data.stream import SkippedRows
+from ..data.pairs import SkippedRows
 from ..files import append_line, log_files, new_run_folder, write_json
 from ..loop import (
     Stage, Step, TrainingDiverged, encode_batch, full, towers, training_steps)
