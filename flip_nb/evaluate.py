@@ -24,20 +24,29 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 from .core import find_file, nearest
-from .data.pairs import Pairs, eval_transform
+from .data.pairs import Pairs
+from .data.decode import eval_transform
 from .evaluation.look import confident_mistakes, confusion_matrix, new_figure, retrieval_gallery
 from .loss import clamped_exp, normalize
 from .masking import num_kept
-from .zero_shot import (SCENE_NAMES, SCENE_TEMPLATES, average_prompts, check_finite_rows, encode_captions, encode_pictures, evaluate_pairs, evaluate_scenes, evaluating,
-                             gather_objects, processes, ranks, retrieval_chance, retrieval_ranks, retrieval_recall, similarity, top_k_accuracy, zero_shot_classifier)
+from .zero_shot import (
+    average_prompts, check_finite_rows, encode_captions, encode_images, evaluating, ranks,
+    retrieval_chance, retrieval_ranks, retrieval_recall, SCENE_NAMES, SCENE_TEMPLATES, similarity,
+    top_k_accuracy, zero_shot_classifier)
+from .evaluation.scores import evaluate_pairs, evaluate_scenes
+from .distributed import gather_objects, in_turns, processes
 from .model import FLIP
-from .evaluation.probe import Extracted, check_task, class_numbers, digest, extract_features, fingerprints, knn_predict, linear_probe, open_pictures, wilson_interval
+from .evaluation.features import (FeatureKind,
+    class_numbers, digest, extract_features, Extracted, fingerprints, open_pictures)
+from .evaluation.probe import check_task, knn_predict, linear_probe, wilson_interval
 from .evaluation.datasets import TestSet, open_test_set, templates, text_classifier
-from .evaluation.robustness import masked_view_curve, robustness_curve, severity_figure, views_figure
+from .evaluation.views import masked_view_curve, views_figure
+from .evaluation.robustness import ZeroShotTask, robustness_curve, severity_figure
 from .scenes import Scenes
 from .text import CaptionTokenizer
-from .scale.checkpoint import write_json
-from .train import new_run_folder, settle
+from .files import write_json
+from .files import new_run_folder
+from .scale.setup import settle
 
 # %% ../nbs/5_evaluation/06_evaluate.ipynb #c6ccc887
 class Score(NamedTuple):
@@ -46,7 +55,8 @@ class Score(NamedTuple):
     metric:str # What was measured, such as 'top-1' or 'i2t R@5'
     values:Tensor # One number in [0, 1] per question (N,): 1 for a right answer
     chance:float # What guessing would give
-    groups:Tensor|None=None # Questions with the same number are drawn together (N,), such as the captions of a picture
+    # Questions with the same number are drawn together (N,), such as the captions of a picture
+    groups:Tensor|None=None
     classes:Tensor|None=None # The score is the mean over classes of the mean within each (N,)
 
 def mean_score(
@@ -65,16 +75,24 @@ def redraw(
 ) -> Tensor: # Means of the drawn questions (draws,), float64
     "The bootstrap distribution of a score."
     x,g = score.values.double().cpu(),torch.Generator().manual_seed(seed)
-    def sums(values, size):                                                       # of so many rows, drawn again; 50 draws at a time
-        picks = (torch.randint(len(values), (min(50, draws - i), size), generator=g) for i in range(0, draws, 50))
+    # of so many rows, drawn again; 50 draws at a time
+    def sums(values, size):
+        picks = (torch.randint(len(values), (min(50, draws - i), size), generator=g)
+                 for i in range(0, draws, 50))
         return torch.cat([values[p].sum(1) for p in picks])
-    def class_means(v):                                                           # a single row says nothing of its spread: that of all rows stands in
+    # a single row says nothing of its spread: that of all rows stands in
+    def class_means(v):
         rows,n = (v, len(v)) if len(v) > 1 else (x, 1)
         return v.mean() + (sums(rows, n)/n - rows.mean())*(n/max(1, n - 1))**.5
-    if score.classes is not None: return torch.stack([class_means(x[score.classes.cpu() == c]) for c in score.classes.unique()]).mean(0)
-    _,group = (torch.arange(len(x)) if score.groups is None else score.groups.cpu()).unique(return_inverse=True)
-    n = group.bincount().double()                                                 # questions of each group (G,)
-    total = sums(torch.stack([torch.zeros_like(n).index_add_(0, group, x), n], 1), len(n)) # (draws, 2): right answers and questions
+    if score.classes is not None:
+        return torch.stack([class_means(x[score.classes.cpu() == c])
+                            for c in score.classes.unique()]).mean(0)
+    _,group = (torch.arange(len(x)) if score.groups is None
+               else score.groups.cpu()).unique(return_inverse=True)
+    # questions of each group (G,)
+    n = group.bincount().double()
+    # (draws, 2): right answers and questions
+    total = sums(torch.stack([torch.zeros_like(n).index_add_(0, group, x), n], 1), len(n))
     return total[:, 0]/total[:, 1]
 
 def interval(
@@ -84,8 +102,11 @@ def interval(
     "Wilson's interval for independent right and wrong answers, and where all answers are the same; else the bootstrap's."
     x = score.values.double()
     plain = score.groups is None and score.classes is None and ((x == 0) | (x == 1)).all()
-    if plain or (x == x[0]).all(): return wilson_interval(x.mean().item(), len(x if score.groups is None else score.groups.unique()))
-    return tuple(redraw(score, draws).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist())
+    if plain or (x == x[0]).all():
+        return wilson_interval(x.mean().item(),
+                               len(x if score.groups is None else score.groups.unique()))
+    return tuple(redraw(score,
+                        draws).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist())
 
 # %% ../nbs/5_evaluation/06_evaluate.ipynb #406c9d68
 def compare(
@@ -94,7 +115,10 @@ def compare(
     draws:int=2000, # Draws of the bootstrap
 ) -> dict: # 'difference' a - b, with 'low' and 'high' of its 95% interval
     "Paired bootstrap."
-    if len(a.values) != len(b.values): raise ValueError(f"two models are compared on the same questions, but they answered {len(a.values)} and {len(b.values)}")
+    if len(a.values) != len(b.values):
+        raise ValueError(
+            f"two models are compared on the same questions, but they answered {len(a.values)} "
+            f"and {len(b.values)}")
     d = a._replace(values=a.values.double().cpu() - b.values.double().cpu())
     low,high = redraw(d, draws).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     return dict(difference=mean_score(d), low=low, high=high)
@@ -123,7 +147,8 @@ def answers(
     pairs:Pairs, # Pictures with captions or labels
 ) -> list: # What the column of captions or labels holds, row by row
     "Captions or labels without reading pictures."
-    if hasattr(pairs.rows, 'select_columns'): return list(pairs.rows.select_columns([pairs.caption_column])[:][pairs.caption_column])
+    if hasattr(pairs.rows, 'select_columns'):
+        return list(pairs.rows.select_columns([pairs.caption_column])[:][pairs.caption_column])
     return [row[pairs.caption_column] for row in pairs.rows]
 
 def job_features(
@@ -134,14 +159,19 @@ def job_features(
     "Features of a split."
     o,pairs,flip = job.options,job.data.splits[split],job.flip
     def extract():
-        silent = [i for i,value in enumerate(answers(pairs)) if not pairs.texts(i, value)]    # rows that will be skipped
-        prints = fingerprints(flip, open_pictures(pairs, flip.config.image_size), silent=silent, mask_ratio=o.mask_ratio, seed=o.seed)
+        # rows that will be skipped
+        silent = [i for i,value in enumerate(answers(pairs)) if not pairs.texts(i, value)]
+        prints = fingerprints(flip, open_pictures(pairs, flip.config.image_size), silent=silent,
+                              mask_ratio=o.mask_ratio, seed=o.seed)
         path = Path(o.features)/f'{digest(*prints.values())}.npy' if o.features else None
-        z = extract_features(flip, pairs, path, o.batch_size, o.mask_ratio, workers=o.workers, seed=o.seed, quiet=o.quiet)
+        kind = FeatureKind(o.mask_ratio, seed=o.seed)
+        z = extract_features(flip, pairs, path, o.batch_size, kind, o.workers, o.quiet)
         return z
-    def project():                                                                # the embedding is one product away
+    # the embedding is one product away
+    def project():
         z,device = job_features(job, split, projected=False),next(flip.parameters()).device
-        with evaluating(flip): parts = [normalize(flip.image_proj(x.to(device))).cpu() for x in z.features.split(4096)]
+        with evaluating(flip):
+            parts = [normalize(flip.image_proj(x.to(device))).cpu() for x in z.features.split(4096)]
         return z._replace(features=torch.cat(parts))
     found = remember(job, (split, projected), project if projected else extract)
     check_finite_rows(**{f'{split} pictures': found.features})
@@ -158,18 +188,23 @@ def job_classifier(
     job:Job, # A job on data with labels
 ) -> Tensor: # One unit-length vector per class (C, E), on the model's device
     "What the text tower makes of the class names."
-    return remember(job, ('classifier',), lambda: text_classifier(job.flip, job.tokenizer, job.data.class_names, job.data.templates, job.options.features))
+    return remember(job, ('classifier',),
+                    lambda: text_classifier(job.flip, job.tokenizer, job.data.class_names,
+                                            job.data.templates, job.options.features))
 
 # %% ../nbs/5_evaluation/06_evaluate.ipynb #b1138e14
 def sample_pictures(
     job:Job, # A job
     most:int, # Pictures wanted
-) -> tuple[Tensor,Tensor]: # Places among the features of the test split (K,), and the pictures (K, 3, H, W), uint8
+) -> tuple[Tensor,
+           # Places among the features of the test split (K,), and the pictures (K, 3, H, W), uint8
+           Tensor]:
     "Some pictures of the test split."
     rows = job_features(job).rows
     places = torch.arange(len(rows)) if len(rows) <= most else (torch.arange(most)*len(rows)//most)
     pairs = job.data.splits['test']
-    return remember(job, ('pictures', most), lambda: (places, torch.stack([pairs.read(int(i))[0] for i in rows[places]])))
+    return remember(job, ('pictures', most),
+                    lambda: (places, torch.stack([pairs.read(int(i))[0] for i in rows[places]])))
 
 # %% ../nbs/5_evaluation/06_evaluate.ipynb #10cec8a2
 def zero_shot_task(
@@ -186,7 +221,10 @@ def zero_shot_task(
     figures = {'confusion': confusion_matrix(labels, scores.argmax(1), names)}
     places,pictures = sample_pictures(job, job.options.pictures)
     wrong = ~best[places, 0]
-    if wrong.any(): figures['mistakes'] = confident_mistakes(pictures, scores[places], labels[places], names, clamped_exp(job.flip.logit_scale).item(), min(8, int(wrong.sum())), size=1.8)
+    if wrong.any():
+        figures['mistakes'] = confident_mistakes(pictures, scores[places], labels[places], names,
+                                                 clamped_exp(job.flip.logit_scale).item(),
+                                                 min(8, int(wrong.sum())), size=1.8)
     return out, figures
 
 # %% ../nbs/5_evaluation/06_evaluate.ipynb #feaf75ba
@@ -204,16 +242,21 @@ def retrieval_task(
     "Captions for pictures and pictures for captions."
     found,device = job_features(job),next(job.flip.parameters()).device
     texts = caption_lists(job.data.splits['test'], found.rows)
-    captions,image_of_text = [c for t in texts for c in t],torch.arange(len(texts)).repeat_interleave(torch.tensor([len(t) for t in texts]))
-    text_features = encode_captions(job.flip, job.tokenizer, captions)
-    ranks,chance = retrieval_ranks(found.features.to(device), text_features, image_of_text),retrieval_chance(image_of_text, len(texts))
-    out = [Score('retrieval', f'{way} R@{k}', (ranks[way] < k).cpu(), chance[way][f'R@{k}'], groups=image_of_text if way == 't2i' else None)
+    captions,image_of_text = [c for t in texts
+                              for c in t],torch.arange(len(texts)).repeat_interleave(torch.tensor([len(t) for t in texts]))
+    text_features = encode_captions(job.flip, job.tokenizer, captions, turns=in_turns)
+    ranks,chance = retrieval_ranks(found.features.to(device), text_features,
+                                   image_of_text),retrieval_chance(image_of_text, len(texts))
+    out = [Score('retrieval', f'{way} R@{k}', (ranks[way] < k).cpu(), chance[way][f'R@{k}'],
+                 groups=image_of_text if way == 't2i' else None)
            for way in ('i2t', 't2i') for k in (1, 5, 10)]
     places,pictures = sample_pictures(job, job.options.pictures)
     keep = torch.isin(image_of_text, places)
     shown = [c for c,k in zip(captions, keep.tolist()) if k]
     queries = (torch.arange(4)*len(shown)//4).unique().tolist()
-    gallery = retrieval_gallery(pictures, shown, found.features[places], text_features.cpu()[keep], torch.searchsorted(places, image_of_text[keep]), queries, min(5, len(places)))
+    gallery = retrieval_gallery(pictures, shown, found.features[places], text_features.cpu()[keep],
+                                torch.searchsorted(places, image_of_text[keep]), queries,
+                                min(5, len(places)))
     return out, {'gallery': gallery}
 
 # %% ../nbs/5_evaluation/06_evaluate.ipynb #75384cca
@@ -264,10 +307,13 @@ def robustness_task(
 ) -> tuple[list[Score],dict]: # Scores, and figures by name
     "Zero-shot accuracy on damaged pictures."
     places,pictures = sample_pictures(job, job.options.pictures)
-    curve = robustness_curve(job.flip, job_classifier(job), pictures, job_labels(job)[places], seed=job.options.seed, chunk=job.options.batch_size or 250, correct=True)
+    task = ZeroShotTask(job_classifier(job), pictures, job_labels(job)[places])
+    curve = robustness_curve(job.flip, task, seed=job.options.seed,
+                             chunk=job.options.batch_size or 250, correct=True)
     chance = 1/len(job.data.class_names)
     out = [Score('robustness', 'unchanged', curve['correct_clean'], chance)]
-    out += [Score('robustness', name.replace('_', ' '), right.double().mean(0), chance) for name,right in curve['correct'].items()]
+    out += [Score('robustness', name.replace('_', ' '), right.double().mean(0), chance) for name,
+            right in curve['correct'].items()]
     return out, {'severity': severity_figure({job.model: curve}, chance=chance)}
 
 def masked_views_task(
@@ -275,17 +321,26 @@ def masked_views_task(
 ) -> tuple[list[Score],dict]: # Scores, and figures by name
     "Zero-shot accuracy from one masked view or the average of several (Li et al. 2023, table 1d)."
     places,pictures = sample_pictures(job, job.options.pictures)
-    labels,classifier,chance = job_labels(job)[places],job_classifier(job),1/len(job.data.class_names)
-    whole = (similarity(encode_pictures(job.flip, pictures.split(256)), classifier).argmax(1).cpu() == labels)[None]
-    curves = {f'{ratio:.0%}': masked_view_curve(job.flip, classifier, pictures, labels, ratio, VIEWS, seed=job.options.seed, correct=True) for ratio in (.5, .75)}
+    labels,classifier,chance = job_labels(
+        job)[places],job_classifier(job),1/len(job.data.class_names)
+    whole = (similarity(encode_images(job.flip, pictures.split(256), turns=in_turns),
+                        classifier).argmax(1).cpu() == labels)[None]
+    task = ZeroShotTask(classifier, pictures, labels)
+    curves = {f'{ratio:.0%}': masked_view_curve(job.flip, task, ratio, VIEWS, seed=job.options.seed,
+                                                correct=True) for ratio in (.5, .75)}
     out = [Score('masked_views', 'whole picture', whole[0], chance)]
-    for name,right in curves.items(): out += [Score('masked_views', f"{name} dropped, {n} view{'s'*(n > 1)}", r, chance) for n,r in zip(VIEWS, right)]
-    figure = views_figure({job.model: {k: r.double().mean(1).tolist() for k,r in curves.items()}}, {job.model: whole.double().mean().item()}, VIEWS, chance)
+    for name,right in curves.items():
+        out += [Score('masked_views', f"{name} dropped, {n} view{'s'*(n > 1)}", r, chance) for n,
+                r in zip(VIEWS, right)]
+    figure = views_figure({job.model: {k: r.double().mean(1).tolist() for k,r in curves.items()}},
+                          {job.model: whole.double().mean().item()}, VIEWS, chance)
     return out, {'views': figure}
 
 # %% ../nbs/5_evaluation/06_evaluate.ipynb #33ade9b6
 SCENE_SETS = ('scenes', 'scenes, unseen names', 'scenes with captions')
-TASKS = dict(zero_shot=zero_shot_task, retrieval=retrieval_task, knn=knn_task, linear_probe=linear_probe_task, robustness=robustness_task, masked_views=masked_views_task)
+TASKS = dict(zero_shot=zero_shot_task, retrieval=retrieval_task, knn=knn_task,
+             linear_probe=linear_probe_task, robustness=robustness_task,
+             masked_views=masked_views_task)
 QUICK = ('zero_shot', 'retrieval') # what is done where no task is named
 
 def unfit(
@@ -293,9 +348,12 @@ def unfit(
     data:TestSet, # A data set
 ) -> str: # Why the task cannot be done there; '' where it can
     "Does the data set have what the task needs?"
-    if task == 'retrieval': return '' if data.class_names is None else f"retrieval needs captions, but {data.name!r} has class labels; choose {', '.join(t for t in TASKS if t != 'retrieval')}"
-    if data.class_names is None: return f"{task} needs class labels, but {data.name!r} has captions; choose the task retrieval, or data with a column of labels"
-    if task in ('knn', 'linear_probe') and 'train' not in data.splits: return f"{task} needs training rows, but {data.name!r} has only {' and '.join(data.splits)}"
+    if task == 'retrieval':
+        return '' if data.class_names is None else f"retrieval needs captions, but {data.name!r} has class labels; choose {', '.join(t for t in TASKS if t != 'retrieval')}"
+    if data.class_names is None:
+        return f"{task} needs class labels, but {data.name!r} has captions; choose the task retrieval, or data with a column of labels"
+    if task in ('knn', 'linear_probe') and 'train' not in data.splits:
+        return f"{task} needs training rows, but {data.name!r} has only {' and '.join(data.splits)}"
     return ''
 
 def plan(
@@ -316,17 +374,23 @@ def plan(
 def scene_set(
     name:str, # What to call it
     image_size:int, # Side of the pictures in pixels
-    splits:dict[str,tuple[str,int]], # 'train' or 'test' to the split of `Scenes` and the number of scenes
-    captions:bool=False, # Captions of scenes with one or two objects, instead of labels of single objects
+    # 'train' or 'test' to the split of `Scenes` and the number of scenes
+    splits:dict[str,tuple[str,int]],
+    # Captions of scenes with one or two objects, instead of labels of single objects
+    captions:bool=False,
     seed:int=0, # Seed of the scenes
     prompts:list[str]=SCENE_TEMPLATES, # Prompts
 ) -> TestSet: # Ready to be measured on
     "Scenes in the form of a real data set."
     def pairs(split, size):
-        images,texts,labels = Scenes(split, image_size, seed=seed, num_objects=None if captions else 1).batch(range(size))
-        rows = [dict(image=to_pil_image(x), answer=a) for x,a in zip(images, texts if captions else labels.tolist())]
-        return Pairs(rows, 'image', 'answer', eval_transform(image_size), None if captions else SCENE_NAMES)
-    return TestSet(name, {s: pairs(*what) for s,what in splits.items()}, None if captions else SCENE_NAMES, prompts, 'top_1', 'val')
+        images,texts,labels = Scenes(split, image_size, seed=seed,
+                                     num_objects=None if captions else 1).batch(range(size))
+        rows = [dict(image=to_pil_image(x), answer=a) for x,
+                a in zip(images, texts if captions else labels.tolist())]
+        return Pairs(rows, 'image', 'answer', eval_transform(image_size),
+                     None if captions else SCENE_NAMES)
+    return TestSet(name, {s: pairs(*what) for s,what in splits.items()},
+                   None if captions else SCENE_NAMES, prompts, 'top_1', 'val')
 
 def data_names(
     data:list[str], # Data sets as a user names them
@@ -334,7 +398,8 @@ def data_names(
     "The name before '=', or the last part of a path; the whole text where that is not enough."
     names = [name if equals else Path(d).name for d in data for name,equals,_ in [d.partition('=')]]
     if len(set(names)) == len(data): return names
-    if len(set(data)) < len(data): raise ValueError(f"the data {next(d for d in data if data.count(d) > 1)!r} are named twice")
+    if len(set(data)) < len(data):
+        raise ValueError(f"the data {next(d for d in data if data.count(d) > 1)!r} are named twice")
     return list(data)
 
 def open_data(
@@ -346,11 +411,17 @@ def open_data(
     "Everything that a name stands for."
     o = options
     if data != 'scenes':
-        found = limited(open_test_set(data, image_size, o.split, o.image_column, o.caption_column, prompt_templates=o.templates), o)
+        found = limited(open_test_set(data, image_size, o.split, o.image_column, o.caption_column,
+                                      prompt_templates=o.templates), o)
         return [replace(found, name=name or found.name)]
-    if o.split != 'test': raise ValueError(f"scenes are made for the evaluation and have no split {o.split!r}; leave --split out")
-    size,common = o.limit or 2000,dict(seed=o.seed, prompts=templates(o.templates) if o.templates else SCENE_TEMPLATES)
-    return [scene_set(SCENE_SETS[0], image_size, dict(train=('train', 2*size), test=('val', size)), **common),
+    if o.split != 'test':
+        raise ValueError(
+            f"scenes are made for the evaluation and have no split {o.split!r}; leave --split out")
+    size,common = o.limit or 2000,dict(seed=o.seed,
+                                       prompts=templates(o.templates) if o.templates
+                                       else SCENE_TEMPLATES)
+    return [scene_set(SCENE_SETS[0], image_size, dict(train=('train', 2*size), test=('val', size)),
+                      **common),
             scene_set(SCENE_SETS[1], image_size, dict(test=('unseen', size)), **common),
             scene_set(SCENE_SETS[2], image_size, dict(test=('val', size)), captions=True, **common)]
 
@@ -360,11 +431,13 @@ def limited(
 ) -> TestSet: # The same with 'test' being the split asked for, and no split longer than the limit
     "At most so many rows of every split, spread evenly."
     if options.split != 'test':
-        also = {'train': data.splits['train']} if options.split == 'val' and 'train' in data.splits else {}
+        also = {
+            'train': data.splits['train']} if options.split == 'val' and 'train' in data.splits else {}
         data.splits = also | {'test': data.splits[options.split]}
     for pairs in data.splits.values():
         n = len(pairs)
-        if options.limit and n > options.limit: pairs.rows = pairs.rows.select([i*n//options.limit for i in range(options.limit)])
+        if options.limit and n > options.limit:
+            pairs.rows = pairs.rows.select([i*n//options.limit for i in range(options.limit)])
     return data
 
 # %% ../nbs/5_evaluation/06_evaluate.ipynb #590d5190
@@ -374,7 +447,10 @@ def open_model(
 ) -> tuple[FLIP,CaptionTokenizer]: # Model in evaluation mode, and its tokenizer
     "A model that can be asked."
     flip = FLIP.from_pretrained(name)
-    if flip.tokenizer.vocab_size > flip.config.vocab_size: raise ValueError(f"the tokenizer of {str(name)!r} has {flip.tokenizer.vocab_size} pieces, but the model {flip.config.vocab_size} token vectors: they are not of one run")
+    if flip.tokenizer.vocab_size > flip.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {str(name)!r} has {flip.tokenizer.vocab_size} pieces, but the "
+            f"model {flip.config.vocab_size} token vectors: they are not of one run")
     return flip.to(device), flip.tokenizer
 
 # %% ../nbs/5_evaluation/06_evaluate.ipynb #19a6ae71
@@ -387,8 +463,10 @@ def result_rows(
     for model,mine in scores.items():
         for s,reference in zip(mine, first):
             low,high = interval(s)
-            row = dict(model=model, data=data.name, split=data.split, task=s.task, metric=s.metric, n=len(s.values), chance=s.chance, score=mean_score(s), low=low, high=high)
-            if mine is not first and len(s.values) == len(reference.values): row['to_first'] = compare(s, reference)
+            row = dict(model=model, data=data.name, split=data.split, task=s.task, metric=s.metric,
+                       n=len(s.values), chance=s.chance, score=mean_score(s), low=low, high=high)
+            if mine is not first and len(s.values) == len(reference.values):
+                row['to_first'] = compare(s, reference)
             out.append(row)
     return out
 
@@ -397,11 +475,17 @@ def markdown_table(
 ) -> str: # Table in Markdown, in percent
     "The results to read."
     several = len({r['model'] for r in rows}) > 1
-    head = ['model']*several + ['data', 'task', 'measure', 'n', 'chance', 'score', '95% interval'] + ['difference to the first model']*several
+    head = ['model']*several + ['data', 'task', 'measure', 'n', 'chance', 'score',
+                                '95% interval'] + ['difference to the first model']*several
     lines = ['| ' + ' | '.join(head) + ' |', '|' + ' --- |'*len(head)]
     for r in rows:
-        cells = [r['model']]*several + [r['data'], r['task'].replace('_', ' '), r['metric'].replace('_', ' '), f"{r['n']:,}", f"{r['chance']:.2%}", f"{r['score']:.1%}", f"{100*r['low']:.1f} to {100*r['high']:.1f}"]
-        if several: cells.append('{:+.1f} ({:+.1f} to {:+.1f})'.format(*(100*v for v in r['to_first'].values())) if 'to_first' in r else '')
+        cells = [r['model']]*several + [r['data'], r['task'].replace('_', ' '),
+                                        r['metric'].replace('_', ' '), f"{r['n']:,}",
+                                        f"{r['chance']:.2%}", f"{r['score']:.1%}",
+                                        f"{100*r['low']:.1f} to {100*r['high']:.1f}"]
+        if several:
+            cells.append('{:+.1f} ({:+.1f} to {:+.1f})'.format(*(100*v
+                for v in r['to_first'].values())) if 'to_first' in r else '')
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
@@ -409,17 +493,24 @@ def score_figure(
     rows:list[dict], # Rows of `result_rows` of one data set
 ): # Matplotlib figure
     "Every score with its interval and its chance."
-    models,measures = (list(dict.fromkeys(keys)) for keys in zip(*((r['model'], (r['task'], r['metric'])) for r in rows)))
+    models,measures = (list(dict.fromkeys(keys))
+                       for keys in zip(*((r['model'], (r['task'], r['metric'])) for r in rows)))
     fig = new_figure(6.5, .6 + .24*len(measures)*max(1, len(models)**.5))
     ax = fig.subplots()
     for r in rows:
         i,j = models.index(r['model']),measures.index((r['task'], r['metric']))
         y = j + (i - (len(models) - 1)/2)*.7/len(models)
-        ax.errorbar(100*r['score'], y, xerr=[[100*max(0, r['score'] - r['low'])], [100*max(0, r['high'] - r['score'])]], fmt='os^Dv<>'[i % 7], color=f'C{i % 4}', linestyle='none', markersize=5, capsize=2,
+        ax.errorbar(100*r['score'], y,
+                    xerr=[[100*max(0, r['score'] - r['low'])],
+                          [100*max(0, r['high'] - r['score'])]], fmt='os^Dv<>'[i % 7],
+                          color=f'C{i % 4}', linestyle='none', markersize=5, capsize=2,
                     label=r['model'] if j == 0 else None)
-        ax.plot(100*r['chance'], j, '|', color='grey', markersize=14, label='chance' if i + j == 0 else None)
-    ax.set(xlabel='score (%)', xlim=(0, 100), ylim=(len(measures) - .5, -.5)); ax.spines[['top', 'right']].set_visible(False)
-    ax.set_yticks(range(len(measures)), [f"{t.replace('_', ' ')}: {m.replace('_', ' ')}" for t,m in measures], fontsize=8)
+        ax.plot(100*r['chance'], j, '|', color='grey', markersize=14,
+                label='chance' if i + j == 0 else None)
+    ax.set(xlabel='score (%)', xlim=(0, 100), ylim=(len(measures) - .5, -.5))
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.set_yticks(range(len(measures)),
+                  [f"{t.replace('_', ' ')}: {m.replace('_', ' ')}" for t,m in measures], fontsize=8)
     fig.legend(loc='outside lower center', ncols=4, frameon=False, fontsize=8)
     return fig
 
@@ -435,7 +526,8 @@ def short_names(
 ) -> list[str]: # What to call them in a table
     "The shortest ends of the paths that tell them apart."
     runs = [str(Path(r)) for r in runs]
-    if len(set(runs)) < len(runs): raise ValueError(f"the model {next(r for r in runs if runs.count(r) > 1)!r} is named twice")
+    if len(set(runs)) < len(runs):
+        raise ValueError(f"the model {next(r for r in runs if runs.count(r) > 1)!r} is named twice")
     parts = [Path(r).parts for r in runs]
     for k in range(1, max(map(len, parts)) + 1):
         names = ['/'.join(p[-k:]) for p in parts]
@@ -472,14 +564,19 @@ class Report:
         self.rows[key] = result_rows(data, mine)
         if not self.main: return
         write_json(folder/'results.json', self.record())
-        (folder/'results.md').write_text(markdown_table(self.record()['rows']) + '\n', encoding='utf8')
-        for name,figure in figures.items(): figure.savefig(folder/f'{slug(data.name)}-{slug(model)}-{name}.png', dpi=110)
+        (folder/'results.md').write_text(markdown_table(self.record()['rows']) + '\n',
+                                         encoding='utf8')
+        for name,figure in figures.items():
+            figure.savefig(folder/f'{slug(data.name)}-{slug(model)}-{name}.png', dpi=110)
 
     def finish(self) -> dict: # What is in results.json
         "Draw the scores, show the table, say where everything is, and what could not be done."
         record,folder = self.record(),Path(self.options.out)
         if self.main: self.show(record, folder)
-        if self.faults: raise ValueError(self.faults[0] + (f' ({len(self.faults)} tasks failed; what was done is in {folder})' if self.rows else ''))
+        if self.faults:
+            raise ValueError(self.faults[0]
+                             + (f' ({len(self.faults)} tasks failed; what was done is in {folder})'
+                                if self.rows else ''))
         return record
 
     def show(self,
@@ -488,15 +585,21 @@ class Report:
     ):
         "Figures of all scores, and the table."
         for name in dict.fromkeys(r['data'] for r in record['rows']):
-            score_figure([r for r in record['rows'] if r['data'] == name]).savefig(folder/f'{slug(name)}-scores.png', dpi=110)
+            score_figure([r for r in record['rows']
+                          if r['data'] == name]).savefig(folder/f'{slug(name)}-scores.png', dpi=110)
         if self.options.quiet: return
-        lost = [f'{len(rows)} rows of {name}, split {split}, were skipped; results.json says which and why' for name,splits in self.skipped.items() for split,rows in splits.items()]
+        lost = [
+            f'{len(rows)} rows of {name}, split {split}, were skipped; results.json says which '
+            f'and why' for name,splits in self.skipped.items() for split,rows in splits.items()]
         print(markdown_table(record['rows']), *lost, f'everything is in {folder}', sep='\n\n')
 
     def record(self) -> dict: # What is in results.json
         "All results and how they came about."
-        options = {k: v for k,v in vars(self.options).items() if k not in ('out', 'features', 'quiet')}
-        return dict(options=options, rows=[r for rows in self.rows.values() for r in rows], skipped=self.skipped, processes=processes()[1], torch=torch.__version__, wall_seconds=time.perf_counter() - self.start)
+        options = {k: v for k,
+                   v in vars(self.options).items() if k not in ('out', 'features', 'quiet')}
+        return dict(options=options, rows=[r for rows in self.rows.values() for r in rows],
+                    skipped=self.skipped, processes=processes()[1], torch=torch.__version__,
+                    wall_seconds=time.perf_counter() - self.start)
 
 def slug(
     text:str, # Any text
@@ -509,7 +612,8 @@ def output_folder(
     options:SimpleNamespace, # Options of `evaluate`
 ) -> Path: # Folder for the results, the same on every process
     "Beside the model where there is one run folder, else under `runs`."
-    parent = Path(options.runs[0]) if len(options.runs) == 1 and Path(options.runs[0]).is_dir() else Path('runs')
+    parent = Path(
+        options.runs[0]) if len(options.runs) == 1 and Path(options.runs[0]).is_dir() else Path('runs')
     try: folder = new_run_folder(options.out, 'evaluation', parent) if processes()[0] == 0 else None
     except ValueError as e: folder = e
     return gather_objects(folder)[0]
@@ -519,7 +623,8 @@ def as_list(
 ) -> list[str]|None: # List; None for None
     "Several things in one option."
     if value is None: return None
-    return list(map(str, value)) if isinstance(value, (list, tuple)) else [v.strip() for v in str(value).split(',') if v.strip()]
+    return list(map(str, value)) if isinstance(value,
+                                               (list, tuple)) else [v.strip() for v in str(value).split(',') if v.strip()]
 
 def check_options(
     options:SimpleNamespace, # Options of `evaluate`
@@ -530,9 +635,12 @@ def check_options(
     for name,least in dict(limit=0, pictures=1, batch_size=0, workers=0, threads=0).items():
         if o[name] < least: raise ValueError(f"{name} must be at least {least}, got {o[name]}")
     own = {'robustness', 'masked_views'} & set(o['tasks'] or ())
-    if o['mask_ratio'] and own: raise ValueError(f"{own.pop()} chooses its own mask ratios; leave --mask_ratio out, or the task")
+    if o['mask_ratio'] and own:
+        raise ValueError(
+            f"{own.pop()} chooses its own mask ratios; leave --mask_ratio out, or the task")
     for name in ('runs', 'tasks'):
-        if o[name] is not None and not o[name]: raise ValueError(f"{name} is empty; name one at least")
+        if o[name] is not None and not o[name]:
+            raise ValueError(f"{name} is empty; name one at least")
 
 def with_columns(
     options:SimpleNamespace, # Options of `evaluate`
@@ -541,7 +649,9 @@ def with_columns(
     "Nobody should have to name the columns twice."
     known = next((k for k in map(trained_on, options.runs) if k.get('data') == data), None)
     if known is None: return options
-    return SimpleNamespace(**vars(options) | {k: getattr(options, k) or known[k] for k in ('image_column', 'caption_column')})
+    return SimpleNamespace(**vars(options)
+                           | {k: getattr(options, k) or known[k]
+                              for k in ('image_column', 'caption_column')})
 
 def start_report(
     options:SimpleNamespace, # Options of `evaluate`; gets `out` and `features`
@@ -552,8 +662,11 @@ def start_report(
     options.features = options.features or str(Path(options.out).parent/'features')
     fault = None
     try: Path(options.features).mkdir(parents=True, exist_ok=True)
-    except OSError as e: fault = ValueError(f"the folder for features {options.features!r} cannot be made: {e.strerror}")
-    gather_objects(fault)                                                       # nobody goes on before the folders are there
+    except OSError as e:
+        fault = ValueError(
+            f"the folder for features {options.features!r} cannot be made: {e.strerror}")
+    # nobody goes on before the folders are there
+    gather_objects(fault)
     return Report(options, main)
 
 def run_task(
@@ -564,18 +677,28 @@ def run_task(
     "One task, with a word on what is going on; a fault is kept for the end, so that the other tasks are done."
     if report.main and not job.options.quiet: tqdm.write(f'{job.model}: {task} on {job.data.name}')
     try: scores,figures = TASKS[task](job)
-    except ValueError as e: report.faults.append(f'{task} of {job.model} on {job.data.name}: {e}'); return
-    skipped = {key[0]: found.skipped for key,found in job.known.items() if isinstance(found, Extracted) and found.skipped}
+    except ValueError as e:
+        report.faults.append(f'{task} of {job.model} on {job.data.name}: {e}'); return
+    skipped = {key[0]: found.skipped for key,
+               found in job.known.items() if isinstance(found, Extracted) and found.skipped}
     report.add(job.data, job.model, skipped, scores, figures)
 
 # %% ../nbs/5_evaluation/06_evaluate.ipynb #e161bcc6
 def evaluate(
-    runs:str, # Run folder or name on the Hugging Face hub; several with commas between them, or a list
-    data:str=None, # Name of the registry such as cifar10, NAME=PATH for a local copy of it, folder or glob, hub name, or scenes; several with commas, or a list; default: what the first run was trained on, or scenes where that is not known
-    tasks:str=None, # zero_shot, retrieval, knn, linear_probe, robustness, masked_views, with commas, or a list; default: zero_shot or retrieval, whichever fits
-    split:str='test', # Split to measure on: test, val or train; where there is no test, val takes its place
+    # Run folder or name on the Hugging Face hub; several with commas between them, or a list
+    runs:str,
+    # Name of the registry such as cifar10, NAME=PATH for a local copy of it, folder or glob, hub
+    # name, or scenes; several with commas, or a list; default: what the first run was trained on,
+    # or scenes where that is not known
+    data:str=None,
+    # zero_shot, retrieval, knn, linear_probe, robustness, masked_views, with commas, or a list;
+    # default: zero_shot or retrieval, whichever fits
+    tasks:str=None,
+    # Split to measure on: test, val or train; where there is no test, val takes its place
+    split:str='test',
     mask_ratio:float=0., # Fraction of patches to drop while evaluating, in [0, 1)
-    templates:str=None, # Prompts: plain (3), simple (7) or openai (80); default: those of the data set
+    # Prompts: plain (3), simple (7) or openai (80); default: those of the data set
+    templates:str=None,
     image_column:str=None, # Column with pictures; found by default
     caption_column:str=None, # Column with captions or labels; found by default
     limit:int=0, # Most rows of every split, spread evenly; 0: all
@@ -583,9 +706,12 @@ def evaluate(
     batch_size:int=0, # Pictures at a time; 0: 32 on a CPU, 256 on a GPU
     workers:int=0, # Processes that decode, for each process that embeds
     threads:int=0, # CPU threads per process; 0 shares the cores
-    features:str=None, # Folder that keeps features for later calls; default: features/ beside the results
+    # Folder that keeps features for later calls; default: features/ beside the results
+    features:str=None,
     seed:int=0, # Seed of scenes, masks and damage
-    out:str=None, # Folder for the results; default: the next free RUN/evaluation-N, for several models runs/evaluation-N
+    # Folder for the results; default: the next free RUN/evaluation-N, for several models
+    # runs/evaluation-N
+    out:str=None,
     quiet:bool=False, # No progress bars and no table
 ) -> dict: # What is in results.json: 'options', 'rows', ...
     "Evaluate one model or several: scores with chance, n and 95% interval; JSON, a Markdown table and figures."
@@ -599,7 +725,10 @@ def evaluate(
     settle(state, threads)
     for run,model in zip(o.runs, models):
         flip,tokenizer = open_model(run, state.device)
-        todo = plan(o.tasks, [d for each,name in zip(o.data, sets) for d in open_data(each, flip.config.image_size, with_columns(o, each), name)])
+        todo = plan(o.tasks,
+                    [d for each,
+                     name in zip(o.data, sets)
+                     for d in open_data(each, flip.config.image_size, with_columns(o, each), name)])
         report = report or start_report(o, state.is_main_process)
         for d,tasks in todo:
             job = Job(model, flip, tokenizer, d, o)
@@ -611,6 +740,8 @@ def main():
     "Evaluate from the command line."
     options = vars(anno_parser(evaluate).parse_args())
     try: evaluate(**{k: options[k] for k in inspect.signature(evaluate).parameters})
-    except (ValueError, OSError) as e: raise SystemExit('flip_nb.evaluate: ' + ' '.join(str(e).split()))
+    except (ValueError, OSError) as e:
+        raise SystemExit('flip_nb.evaluate: ' + ' '.join(str(e).split()))
 
-if __name__ == '__main__' and '__file__' in globals(): main()                   # as a command, but not on this page
+# as a command, but not on this page
+if __name__ == '__main__' and '__file__' in globals(): main()

@@ -25,25 +25,35 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 from torch.utils.data import Dataset, Subset
 from .core import find_file, nearest
-from .data.pairs import Pairs, to_float, train_transform
+from .data.pairs import Pairs
+from .data.decode import train_transform
+from .model import to_float
 from .loss import clamped_exp
 from .masking import num_kept
-from .zero_shot import evaluating, gather_objects
+from .zero_shot import evaluating
+from .distributed import gather_objects
 from .model import FLIP, FLIPConfig, load_weights, make_config
-from .evaluation.probe import class_numbers, extract_features, open_pictures, wilson_interval
-from .official.recipe import Stage, parameter_groups, scaled_lr
+from .evaluation.features import FeatureKind, class_numbers, extract_features, open_pictures
+from .evaluation.probe import wilson_interval
+from .loop import parameter_groups, scaled_lr, Stage
 from .evaluation.datasets import TestSet, classification_scores, need_labels, open_test_set, text_classifier
-from .scale.checkpoint import write_json
-from .loop import Progress, TrainingDiverged, backward_through, count_bad_steps, diagnose, make_optimizer, prepare_model, run_stage
-from .data.stream import SkippedRows
-from .train import append_line, deliver, log_files, make_accelerator, make_loader, new_run_folder
+from .files import write_json
+from .scale.run import count_bad_steps, Progress
+from .loop import TrainingDiverged, diagnose, loss_backward, make_optimizer, towers, training_steps
+from .scale.trainer import progress_bar
+from .scale.setup import prepare_model
+from .data.pairs import SkippedRows
+from .files import append_line, log_files, new_run_folder
+from .scale.loader import deliver, make_loader
+from .scale.setup import make_accelerator
 
 # %% ../nbs/8_transfer/01_finetune.ipynb #31473de3
 def image_tower(
     config:FLIPConfig, # Sizes of a `FLIP`
 ) -> nn.Module: # Its image tower, with fresh weights
     "The image half of a FLIP."
-    timm_args = config.timm_args and config.timm_args | dict(pretrained=False)  # weights come from a run, or are meant to be fresh
+    # weights come from a run, or are meant to be fresh
+    timm_args = config.timm_args and config.timm_args | dict(pretrained=False)
     return FLIP(replace(config, timm_args=timm_args, vocab_size=1, text_depth=0)).image_encoder
 
 # %% ../nbs/8_transfer/01_finetune.ipynb #02b8932e
@@ -54,8 +64,10 @@ class ImageClassifier(nn.Module):
         class_names:list[str], # What the classes are called
     ):
         super().__init__()
-        if len(class_names) < 2: raise ValueError(f"a classifier needs two classes at least, got {len(class_names)}")
-        self.config,self.class_names,self.image_encoder = config,list(class_names),image_tower(config)
+        if len(class_names) < 2:
+            raise ValueError(f"a classifier needs two classes at least, got {len(class_names)}")
+        self.config,self.class_names,self.image_encoder = config,list(
+            class_names),image_tower(config)
         self.head = nn.Linear(self.image_encoder.embed_dim, len(class_names))
         for p in self.head.parameters(): nn.init.zeros_(p)
 
@@ -86,17 +98,21 @@ def save_pretrained(self:ImageClassifier,
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k,v in self.state_dict().items()}, folder/'model.part')
-    write_json(folder/'classifier.json', dict(class_names=self.class_names, config=asdict(self.config)))
+    write_json(folder/'classifier.json',
+               dict(class_names=self.class_names, config=asdict(self.config)))
     (folder/'model.part').replace(folder/'model.safetensors')
 
 @patch(cls_method=True)
 def from_pretrained(cls:ImageClassifier,
-    name_or_folder:str|os.PathLike, # Folder written by `save_pretrained`, or a repository on the Hugging Face hub
+    # Folder written by `save_pretrained`, or a repository on the Hugging Face hub
+    name_or_folder:str|os.PathLike,
     revision:str|None=None, # Branch, tag or commit of the repository; None: its newest state
 ) -> ImageClassifier: # Classifier in evaluation mode
     "Load weights, sizes and class names."
-    try: saved = json.loads(Path(find_file(name_or_folder, 'classifier.json', revision)).read_text())
-    except json.JSONDecodeError as e: raise ValueError(f"classifier.json in {str(name_or_folder)!r} is not JSON: {e}") from e
+    try:
+        saved = json.loads(Path(find_file(name_or_folder, 'classifier.json', revision)).read_text())
+    except json.JSONDecodeError as e:
+        raise ValueError(f"classifier.json in {str(name_or_folder)!r} is not JSON: {e}") from e
     model = cls(make_config(saved['config']), saved['class_names'])
     load_weights(model, find_file(name_or_folder, 'model.safetensors', revision))
     return model.eval()
@@ -119,7 +135,9 @@ def group_matcher(self:ImageClassifier,
 ) -> dict: # Patterns of the names of parameters, from the lowest layer up
     "Which layer a parameter belongs to, in timm's language."
     return dict(stem=r'.*\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)',
-                blocks=[(r'.*\.blocks\.(\d+)', None), (r'image_encoder\.(?:vit|transformer)\.norm\.', (99999,))])  # the last norm goes with the last block
+                # the last norm goes with the last block
+                blocks=[(r'.*\.blocks\.(\d+)', None),
+                        (r'image_encoder\.(?:vit|transformer)\.norm\.', (99999,))])
 
 # %% ../nbs/8_transfer/01_finetune.ipynb #0567e207
 def layer_groups(
@@ -130,11 +148,14 @@ def layer_groups(
 ) -> list[dict]: # Groups for AdamW, the head first
     "Parameter groups with a learning rate for every layer."
     from timm.optim import param_groups_layer_decay
-    if not 0 < layer_decay <= 1: raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}")
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}")
     spared = {id(p) for p in parameter_groups(model)[1]['params']}
     names = [n for n,p in model.named_parameters() if id(p) in spared]
-    groups = param_groups_layer_decay(model, weight_decay, names, weight_decay_exclude_1d=False, layer_decay=layer_decay)
-    groups = [dict(params=g['params'], weight_decay=g['weight_decay'], lr=lr*g['lr_scale'], betas=(.9, .999)) for g in groups]
+    groups = param_groups_layer_decay(model, weight_decay, names, weight_decay_exclude_1d=False,
+                                      layer_decay=layer_decay)
+    groups = [dict(params=g['params'], weight_decay=g['weight_decay'], lr=lr*g['lr_scale'],
+                   betas=(.9, .999)) for g in groups]
     return sorted(groups, key=lambda g: -g['lr'])
 
 # %% ../nbs/8_transfer/01_finetune.ipynb #63e24396
@@ -156,12 +177,15 @@ def set_drop_path(
     from timm.layers import DropPath
     if not 0 <= drop_path < 1: raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
     for handle in getattr(tower, 'drop_path_hooks', []): handle.remove()
-    blocks,tower.drop_path_hooks = tower.vit.blocks if hasattr(tower, 'vit') else tower.transformer.blocks,[]
+    blocks,tower.drop_path_hooks = tower.vit.blocks if hasattr(tower,
+        'vit') else tower.transformer.blocks,[]
     rates = torch.linspace(0, drop_path, len(blocks)).tolist()
     for block,rate in zip(blocks, rates):
         places = [n for n,_ in block.named_children() if n.startswith('drop_path')]
         for n in places: setattr(block, n, DropPath(rate).train(block.training))
-        if not places: tower.drop_path_hooks += [b.register_forward_hook(partial(drop_branch, rate)) for b in (block.attn, block.mlp)]
+        if not places:
+            tower.drop_path_hooks += [b.register_forward_hook(partial(drop_branch, rate))
+                                      for b in (block.attn, block.mlp)]
     return rates
 
 # %% ../nbs/8_transfer/01_finetune.ipynb #e8c9ffac
@@ -172,7 +196,8 @@ def classification_loss(
     options:SimpleNamespace, # Options of `finetune`
 ) -> Tensor: # Scalar
     "Cross-entropy with label smoothing, on masked pictures if so wished."
-    scores = model(to_float(batch['images']), stage.mask_ratio, batch.get('image_noise') if stage.mask_ratio else None)
+    scores = model(to_float(batch['images']), stage.mask_ratio,
+                   batch.get('image_noise') if stage.mask_ratio else None)
     return F.cross_entropy(scores.float(), batch['labels'], label_smoothing=options.label_smoothing)
 
 # %% ../nbs/8_transfer/01_finetune.ipynb #5a1239ee
@@ -184,7 +209,10 @@ def check_classes(
     counts = class_numbers(pairs, torch.arange(len(pairs)))
     counts = counts[counts >= 0].bincount(minlength=len(pairs.label_names))
     missing = (counts == 0).nonzero()[:, 0].tolist()
-    if missing: raise ValueError(f"{len(missing)} of the {len(counts)} classes of {name!r} have no training row, the first is {pairs.label_names[missing[0]]!r}; leave them out or add rows")
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(counts)} classes of {name!r} have no training row, the "
+            f"first is {pairs.label_names[missing[0]]!r}; leave them out or add rows")
 
 def open_labelled(
     options:SimpleNamespace, # Options of `finetune`
@@ -192,14 +220,23 @@ def open_labelled(
 ) -> tuple[Pairs,TestSet]: # Training rows, and everything for testing
     "Training rows and test rows."
     o = options
-    data = open_test_set(o.data, image_size, image_column=o.image_column, caption_column=o.caption_column)
+    data = open_test_set(o.data, image_size, image_column=o.image_column,
+                         caption_column=o.caption_column)
     need_labels(data, 'fine-tuning')
-    if 'train' not in data.splits: raise ValueError(f"{o.data!r} has no rows to train on; its splits: {', '.join(data.splits)}")
-    if 'test' not in data.splits: raise ValueError(f"{o.data!r} has {len(data.splits['train'])} rows and no test split; give it a test split, or ten rows at least")
+    if 'train' not in data.splits:
+        raise ValueError(
+            f"{o.data!r} has no rows to train on; its splits: {', '.join(data.splits)}")
+    if 'test' not in data.splits:
+        raise ValueError(
+            f"{o.data!r} has {len(data.splits['train'])} rows and no test split; give it a test "
+            f"split, or ten rows at least")
     pairs = copy(data.splits['train'])
     pairs.transform = train_transform(image_size, o.min_area, not o.no_flip)
     check_classes(pairs, o.data)
-    if o.batch_size > len(pairs): raise ValueError(f"batch_size {o.batch_size} is larger than the data, {len(pairs)} rows; choose a smaller --batch_size")
+    if o.batch_size > len(pairs):
+        raise ValueError(
+            f"batch_size {o.batch_size} is larger than the data, {len(pairs)} rows; choose a "
+            f"smaller --batch_size")
     return pairs, data
 
 # %% ../nbs/8_transfer/01_finetune.ipynb #d313b699
@@ -238,29 +275,42 @@ def evaluate_classifier(
     labels = class_numbers(pairs, found.rows)
     with evaluating(model): scores = model.head(found.features.to(model.head.weight)).cpu()
     out = classification_scores(scores, labels)
-    chance = dict(top_1=labels.bincount().max().item()/len(labels), mean_per_class=1/len(labels.unique()))
-    return out | dict(interval=wilson_interval(out['top_1'], len(labels)), chance=chance, images=len(labels), skipped=len(found.skipped))
+    chance = dict(top_1=labels.bincount().max().item()/len(labels),
+                  mean_per_class=1/len(labels.unique()))
+    return out | dict(interval=wilson_interval(out['top_1'], len(labels)), chance=chance,
+                      images=len(labels), skipped=len(found.skipped))
 
 # %% ../nbs/8_transfer/01_finetune.ipynb #b7d4d5a3
 HEADS = ['zero_shot', 'zeros']
-AT_LEAST = dict(steps=1, lr=0, batch_size=1, warmup_steps=0, weight_decay=0, grad_clip=0, log_every=1, save_every=0, threads=0, workers=0)
+AT_LEAST = dict(steps=1, lr=0, batch_size=1, warmup_steps=0, weight_decay=0, grad_clip=0,
+                log_every=1, save_every=0, threads=0, workers=0)
 
 def check_finetuning(
     options:SimpleNamespace, # Options of `finetune`
 ):
     "Name the first option out of range."
     o = vars(options)
-    if not o['data']: raise ValueError("give --data: a folder of labelled pictures, the name of a data set, or NAME=PATH")
-    if o['head'] not in HEADS: raise ValueError(f"there is no start {o['head']!r} of the head." + nearest(o['head'], HEADS))
+    if not o['data']:
+        raise ValueError(
+            "give --data: a folder of labelled pictures, the name of a data set, or NAME=PATH")
+    if o['head'] not in HEADS:
+        raise ValueError(f"there is no start {o['head']!r} of the head."
+                         + nearest(o['head'], HEADS))
     num_kept(1, o['mask_ratio'])
-    if not 0 < o['layer_decay'] <= 1: raise ValueError(f"layer_decay must be in (0, 1], got {o['layer_decay']}")
+    if not 0 < o['layer_decay'] <= 1:
+        raise ValueError(f"layer_decay must be in (0, 1], got {o['layer_decay']}")
     for name in ('drop_path', 'label_smoothing'):
         if not 0 <= o[name] < 1: raise ValueError(f"{name} must be in [0, 1), got {o[name]}")
     for name,least in AT_LEAST.items():
-        if o[name] is not None and o[name] < least: raise ValueError(f"{name} must be at least {least}, got {o[name]}")
-    if o['epochs'] is not None and o['epochs'] <= 0: raise ValueError(f"epochs must be above 0, got {o['epochs']}")
-    if o['steps'] is not None and o['epochs'] is not None: raise ValueError(f"give either steps or epochs, not both (got {o['steps']} and {o['epochs']})")
-    if o['scratch'] and o['head'] == 'zero_shot': raise ValueError("a tower from scratch knows no words: --scratch goes with --head zeros")
+        if o[name] is not None and o[name] < least:
+            raise ValueError(f"{name} must be at least {least}, got {o[name]}")
+    if o['epochs'] is not None and o['epochs'] <= 0:
+        raise ValueError(f"epochs must be above 0, got {o['epochs']}")
+    if o['steps'] is not None and o['epochs'] is not None:
+        raise ValueError(
+            f"give either steps or epochs, not both (got {o['steps']} and {o['epochs']})")
+    if o['scratch'] and o['head'] == 'zero_shot':
+        raise ValueError("a tower from scratch knows no words: --scratch goes with --head zeros")
 
 # %% ../nbs/8_transfer/01_finetune.ipynb #45db2e95
 def plan_finetuning(
@@ -273,7 +323,8 @@ def plan_finetuning(
     if o.steps is None: o.steps = max(1, round(o.epochs*rows/o.batch_size))
     if o.lr is None: o.lr = scaled_lr(1e-3, o.batch_size)
     if o.warmup_steps is None: o.warmup_steps = o.steps//10
-    return Stage('finetuning', o.steps, o.mask_ratio, o.lr, min(o.warmup_steps, o.steps - 1))
+    return Stage('finetuning', o.steps, o.mask_ratio, o.lr, min(o.warmup_steps, o.steps - 1),
+                 o.grad_clip)
 
 # %% ../nbs/8_transfer/01_finetune.ipynb #f58077f8
 def make_classifier(
@@ -283,13 +334,20 @@ def make_classifier(
     data:TestSet, # Class names and prompts
 ) -> ImageClassifier: # Ready to be trained
     "Tower, head and drop path."
-    model = ImageClassifier(flip.config, data.class_names) if options.scratch else ImageClassifier.from_flip(flip, data.class_names)
+    model = ImageClassifier(flip.config,
+                            data.class_names) if options.scratch else ImageClassifier.from_flip(flip, data.class_names)
     set_drop_path(model.image_encoder, options.drop_path)
     if options.head == 'zeros': return model
-    if flip.tokenizer is None: raise ValueError(f"{str(options.run)!r} has no tokenizer, so the head cannot start from words; give --head zeros")
+    if flip.tokenizer is None:
+        raise ValueError(
+            f"{str(options.run)!r} has no tokenizer, so the head cannot start from words; give "
+            f"--head zeros")
     some = Subset(rows := open_pictures(pairs, flip.config.image_size), range(min(256, len(rows))))
     features = extract_features(flip, some, workers=options.workers, quiet=True).features
-    with torch.no_grad(): model.head.weight.copy_(zero_shot_head(flip, text_classifier(flip, flip.tokenizer, data.class_names, data.templates), features))
+    with torch.no_grad():
+        model.head.weight.copy_(zero_shot_head(flip,
+                                               text_classifier(flip, flip.tokenizer,
+                                                   data.class_names, data.templates), features))
     return model
 
 # %% ../nbs/8_transfer/01_finetune.ipynb #defc2909
@@ -298,17 +356,26 @@ def note_finetuning(
     model:ImageClassifier, # The classifier, not wrapped
     folder:Path, # Run folder
     options:SimpleNamespace, # Options of `finetune`
-): # Function (stage, progress, batch, lr, parts) that returns a line for the progress bar
+): # Function (step, progress, lr) that returns a line for the progress bar
     "Log, check and save."
     advice = f"the last good weights are in {folder}, if any were saved. Try a lower --lr or --grad_clip 1"
-    def note(stage, progress, batch, lr, parts):
-        losses,norms = accelerator.reduce(torch.stack(progress.losses), 'mean').cpu(),torch.stack(progress.norms).cpu()
+    parts = towers(model)
+    def note(step, progress, lr):
+        losses,norms,stage = accelerator.reduce(torch.stack(progress.losses),
+                                                'mean').cpu(),torch.stack(progress.norms).cpu(),step.stage
         progress.losses,progress.norms = [],[]
-        if (bad := count_bad_steps(progress, norms)) >= 10: raise TrainingDiverged(f"the gradients of {bad} steps in a row were not finite, up to step {progress.step}; {diagnose(model, batch, parts, norms[-1])}; {advice}")
+        if (bad := count_bad_steps(progress, norms)) >= 10:
+            raise TrainingDiverged(
+                f"the gradients of {bad} steps in a row were not finite, up to step "
+                f"{progress.step}; {diagnose(model, step.batch, parts, norms[-1])}; {advice}")
         good,rate = losses[losses.isfinite()],progress.step*options.batch_size/progress.seconds
-        line = dict(stage=stage.name, step=progress.step, seconds=progress.seconds, loss=good.mean().item() if len(good) else None, lr=lr, pictures_per_second=rate, skipped_steps=progress.skipped)
+        line = dict(stage=stage.name, step=progress.step, seconds=progress.seconds,
+                    loss=good.mean().item() if len(good) else None, lr=lr, pictures_per_second=rate,
+                    skipped_steps=progress.skipped)
         due = options.save_every and progress.step % options.save_every < options.log_every or progress.step == stage.steps
-        if due and not all(p.isfinite().all() for p in model.parameters()): raise TrainingDiverged(f"a weight is no longer finite at step {progress.step}; {advice}")
+        if due and not all(p.isfinite().all() for p in model.parameters()):
+            raise TrainingDiverged(
+                f"a weight is no longer finite at step {progress.step}; {advice}")
         if accelerator.is_main_process:
             if due: model.save_pretrained(folder)
             append_line(folder/'metrics.jsonl', line)
@@ -324,7 +391,8 @@ def start_finetuning(
     folder = None
     if accelerator.is_main_process:
         try:
-            folder = new_run_folder(options.out, f"{Path(options.data).name.strip('*.') or 'data'}-finetuned-{'scratch' if options.scratch else Path(options.run).name}")
+            folder = new_run_folder(options.out,
+                                    f"{Path(options.data).name.strip('*.') or 'data'}-finetuned-{'scratch' if options.scratch else Path(options.run).name}")
             for old in log_files(folder): old.unlink()
             write_json(folder/'finetune_config.json', vars(options) | dict(out=str(folder)))
         except (ValueError, OSError) as e: folder = e
@@ -340,8 +408,11 @@ def finetuning_table(
     for when in ('before', 'after'):
         r = results[when]
         low,high = r['interval']
-        lines.append(f"{when:7} top-1 {r['top_1']:6.1%} (95%: {low:.1%} to {high:.1%}, chance {r['chance']['top_1']:.1%}), "
-                     f"mean per class {r['mean_per_class']:6.1%} (chance {r['chance']['mean_per_class']:.1%}), n = {r['images']:,}")
+        lines.append(
+            f"{when:7} top-1 {r['top_1']:6.1%} (95%: {low:.1%} to {high:.1%}, chance "
+            f"{r['chance']['top_1']:.1%}), "
+                     f"mean per class {r['mean_per_class']:6.1%} (chance "
+                     f"{r['chance']['mean_per_class']:.1%}), n = {r['images']:,}")
     return '\n'.join(lines)
 
 # %% ../nbs/8_transfer/01_finetune.ipynb #9e0993cd
@@ -356,20 +427,43 @@ def run_finetuning(
     with accelerator.main_process_first():
         flip = FLIP.from_pretrained(options.run)
         pairs,data = open_labelled(options, flip.config.image_size)
-    model,stage,progress = make_classifier(options, flip.to(accelerator.device), pairs, data).to(accelerator.device),plan_finetuning(options, len(pairs)),Progress()
+    model,stage,progress = make_classifier(options, flip.to(accelerator.device), pairs,
+                                           data).to(accelerator.device),plan_finetuning(options, len(pairs)),Progress()
     folder = start_finetuning(accelerator, options)
-    loader = make_loader(accelerator, Labelled(pairs), collate_labelled, options, dict(image_noise=flip.num_patches), range(stage.steps))
-    skipped = SkippedRows(folder/f'skipped-{accelerator.process_index}.jsonl', first=min(10_000, len(pairs)))
+    loader = make_loader(accelerator, Labelled(pairs), collate_labelled, options.batch_size,
+                         options.seed,
+                         dict(image_noise=flip.num_patches), range(stage.steps), options.workers)
+    skipped = SkippedRows(folder/f'skipped-{accelerator.process_index}.jsonl',
+                          first=min(10_000, len(pairs)))
     before = evaluate_classifier(model, data.splits['test'], options.workers)
     groups = layer_groups(model, options.lr, options.weight_decay, options.layer_decay)
     prepared = prepare_model(accelerator, model.train())
-    set_seed(options.seed + 1 + accelerator.process_index)                      # every process draws its own paths
-    run_stage(accelerator, prepared, *make_optimizer(accelerator, prepared, stage, options.weight_decay, groups), deliver(loader, accelerator.device, progress, skipped), stage, progress, options,
-              note_finetuning(accelerator, model, folder, options), partial(backward_through, classification_loss))
+    # every process draws its own paths
+    set_seed(options.seed + 1 + accelerator.process_index)
+    optimizer,schedule = make_optimizer(accelerator, prepared, stage, options.weight_decay, groups)
+    backward = partial(loss_backward, loss=partial(classification_loss, options=options))
+    steps = training_steps(accelerator, prepared, optimizer, schedule,
+                           deliver(loader, accelerator.device, progress.lanes, skipped), stage,
+                           backward)
+    note,since = note_finetuning(accelerator, model, folder, options),time.perf_counter()
+    bar = progress_bar(stage, 0, options.quiet or not accelerator.is_main_process)
+    for step in steps:
+        progress.add(step); bar.update()
+        if not step.is_due(options.log_every): continue
+        progress.spend(since, accelerator.device)
+        bar.set_postfix_str(note(step, progress, schedule.get_last_lr()[0]))
+        since = time.perf_counter()
+    bar.close()
     seconds = progress.seconds
-    out = dict(before=before, after=evaluate_classifier(model, data.splits['test'], options.workers), metric=data.metric, classes=len(data.class_names), training_rows=len(pairs),
-               skipped_in_training=len(skipped.keys), train_seconds=seconds, pictures_per_second=stage.steps*options.batch_size/seconds, wall_seconds=time.perf_counter() - start,
-               seed=options.seed, processes=accelerator.num_processes, device=accelerator.device.type, mixed_precision=accelerator.mixed_precision, torch=torch.__version__)
+    out = dict(before=before,
+               after=evaluate_classifier(model, data.splits['test'], options.workers),
+               metric=data.metric, classes=len(data.class_names), training_rows=len(pairs),
+               skipped_in_training=len(skipped.keys), train_seconds=seconds,
+               pictures_per_second=stage.steps*options.batch_size/seconds,
+               wall_seconds=time.perf_counter() - start,
+               seed=options.seed, processes=accelerator.num_processes,
+               device=accelerator.device.type, mixed_precision=accelerator.mixed_precision,
+               torch=torch.__version__)
     if not accelerator.is_main_process: return out
     write_json(folder/'results.json', out)
     if not options.quiet: print(f"{finetuning_table(out)}\neverything is in {folder}")
@@ -378,7 +472,9 @@ def run_finetuning(
 # %% ../nbs/8_transfer/01_finetune.ipynb #c2ec6375
 def finetune(
     run:str, # Folder of a run or of a converted model, or its name on the Hugging Face hub
-    data:str=None, # Labelled pictures: a local folder or glob, the name of a data set of the registry, NAME=PATH, or a name on the hub
+    # Labelled pictures: a local folder or glob, the name of a data set of the registry, NAME=PATH,
+    # or a name on the hub
+    data:str=None,
     head:str='zero_shot', # How the head starts: zero_shot (from the class names) or zeros
     scratch:bool=False, # Start the tower from random weights instead, for comparison
     epochs:float=None, # Passes over the training rows; default: 20
@@ -394,7 +490,8 @@ def finetune(
     grad_clip:float=0., # Largest gradient norm; 0 does not clip
     image_column:str=None, # Column with pictures; found by default
     caption_column:str=None, # Column with class labels; found by default
-    min_area:float=0.5, # Smallest area of a random crop, as a share of the picture; 1 takes whole pictures
+    # Smallest area of a random crop, as a share of the picture; 1 takes whole pictures
+    min_area:float=0.5,
     no_flip:bool=False, # Do not mirror pictures at random
     workers:int=0, # Processes per rank that read and decode
     mixed_precision:str='auto', # no, bf16, fp16, or auto: bf16 where the hardware is made for it
@@ -415,4 +512,5 @@ def main():
     try: finetune(**{k: options[k] for k in inspect.signature(finetune).parameters})
     except ValueError as e: raise SystemExit(f'flip_nb.finetune: {e}')
 
-if __name__ == '__main__' and '__file__' in globals(): main()                   # as a command, but not on this page
+# as a command, but not on this page
+if __name__ == '__main__' and '__file__' in globals(): main()

@@ -16,9 +16,12 @@ from torch.utils.data import Dataset
 from .core import nearest
 
 # %% ../nbs/1_method/07_scenes.ipynb #eec61037
-COLOURS = dict(red=(.86, .16, .16), orange=(.96, .55, .10), yellow=(.95, .88, .20), green=(.16, .66, .24),
-               cyan=(.20, .80, .85), blue=(.16, .32, .88), purple=(.55, .22, .75), pink=(.97, .55, .76))
-SHAPES = ['circle', 'square', 'triangle', 'diamond', 'star', 'ring', 'cross', 'heart', 'moon', 'hourglass']
+COLOURS = dict(red=(.86, .16, .16), orange=(.96, .55, .10), yellow=(.95, .88, .20),
+               green=(.16, .66, .24),
+               cyan=(.20, .80, .85), blue=(.16, .32, .88), purple=(.55, .22, .75),
+               pink=(.97, .55, .76))
+SHAPES = ['circle', 'square', 'triangle', 'diamond', 'star', 'ring', 'cross', 'heart', 'moon',
+          'hourglass']
 TEXTURES = ['plain', 'striped', 'dotted', 'checked']
 SIZES = ['small', 'medium', 'large']
 
@@ -44,9 +47,13 @@ def lookup_uniform(
 ) -> np.ndarray: # Numbers in [0, 1) (B, slots), float32; they depend on (seed, index, slot) alone
     "Random numbers by address instead of by order."
     golden = np.uint64(0x9E3779B97F4A7C15)
-    with np.errstate(over='ignore'):                                            # wrapping around is the point
-        start = mix_bits(mix_bits(np.array([seed], np.uint64) + golden) + np.asarray(index, np.uint64)*golden)  # (B,)
-        z = mix_bits(start[:, None] + np.arange(1, slots+1, dtype=np.uint64)*golden)                             # (B, slots)
+    # wrapping around is the point
+    with np.errstate(over='ignore'):
+        # (B,)
+        start = mix_bits(mix_bits(np.array([seed], np.uint64) + golden)
+                         + np.asarray(index, np.uint64)*golden)
+        # (B, slots)
+        z = mix_bits(start[:, None] + np.arange(1, slots+1, dtype=np.uint64)*golden)
     return (z >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
 
 # %% ../nbs/1_method/07_scenes.ipynb #ffe7145a
@@ -65,7 +72,8 @@ def shape_distance(
         turn = torch.atan2(u, -v) * (5/(2*math.pi))                             # five points around
         return .6*(r - 1.05 + 1.3*(turn - turn.round()).abs())
     if shape == 'ring': return (r - .7).abs() - .24
-    if shape == 'cross': return torch.maximum(torch.minimum(au, av) - .28, torch.maximum(au, av) - .95)
+    if shape == 'cross':
+        return torch.maximum(torch.minimum(au, av) - .28, torch.maximum(au, av) - .95)
     if shape == 'heart': return .8*((u*u + (1.15*(.15 - v) - .55*au.sqrt())**2).sqrt() - .85)
     if shape == 'moon': return torch.maximum(r - .95, .8 - ((u - .5)**2 + v*v).sqrt())
     if shape == 'hourglass': return torch.maximum(av - .9, .8*(au - .12 - .75*av))
@@ -81,9 +89,11 @@ def draw_scenes(
     "Decide everything about a batch of scenes."
     u = torch.from_numpy(lookup_uniform(seed, index, 64))
     columns = iter(range(u.shape[1]))
-    take = lambda *shape: u[:, [next(columns) for _ in range(math.prod(shape))]].view(len(u), *shape)
+    take = lambda *shape: u[:, [next(columns) for _ in range(math.prod(shape))]].view(len(u),
+        *shape)
     choice = lambda n, *shape: (take(*shape)*n).long()
-    colours,shapes = list(COLOURS),torch.tensor([[list(COLOURS).index(c), SHAPES.index(s)] for c,s in classes])
+    colours,shapes = list(COLOURS),torch.tensor([[list(COLOURS).index(c), SHAPES.index(s)] for c,
+                                                 s in classes])
     s = dict(zip(('colour', 'shape'), shapes[choice(len(classes), 2)].unbind(-1)))   # each (B, 2)
     s['two'] = take(1)[:, 0] < .25
     if num_objects: s['two'][:] = num_objects == 2
@@ -92,15 +102,18 @@ def draw_scenes(
     s['radius'] = (.6 + .09*s['size']) * (.92 + .16*take(2)) * torch.where(two, .62, 1.)
     s['angle'] = .4*(take(2) - .5)
     s['horizontal'],s['swap'] = take(1)[:, 0] < .5,take(1)[:, 0] < .5
-    free = (2*take(2, 2) - 1) * (1 - s['radius'])[..., None]                    # (B, 2, xy): anywhere inside
+    # (B, 2, xy): anywhere inside
+    free = (2*take(2, 2) - 1) * (1 - s['radius'])[..., None]
     along = torch.tensor([-.5, .5])*torch.where(s['swap'], -1., 1.)[:, None] + .1*(take(2) - .5)
-    pair = torch.stack([along, take(2) - .5], -1)                               # apart along x, loose along y
+    # apart along x, loose along y
+    pair = torch.stack([along, take(2) - .5], -1)
     pair = torch.where(s['horizontal'][:, None, None], pair, pair.flip(-1))
     s['place'] = torch.where(two[..., None], pair, free)                        # (B, 2, xy)
     paint = torch.tensor([COLOURS[c] for c in colours])[s['colour']]
     s['paint'] = (paint*(.85 + .3*take(2, 1)) + .08*(take(2, 3) - .5)).clamp(0, 1)   # (B, 2, 3)
     s['ground'] = (.05 + .9*take(2, 1) + .5*(take(2, 3) - .5)).clamp(0, 1)      # (B, 2, 3)
-    s['blend'],s['ripple'],s['phase'],s['waves'] = 6.283*take(1),3.142*take(1),6.283*take(1),3 + 12*take(1)
+    s['blend'],s[
+        'ripple'],s['phase'],s['waves'] = 6.283*take(1),3.142*take(1),6.283*take(1),3 + 12*take(1)
     s['blob_place'],s['blob_radius'],s['blob_paint'] = 2*take(2) - 1,.08 + .1*take(1),take(3)
     return s
 
@@ -114,7 +127,8 @@ def paint_background(
     "Two blended colours with ripples, and a blob."
     ramp = .5 + .5*(x*s['blend'].cos() + y*s['blend'].sin())
     waves = torch.sin(s['waves']*(x*s['ripple'].cos() + y*s['ripple'].sin()) + s['phase'])
-    image = torch.lerp(s['ground'][:, 0, :, None], s['ground'][:, 1, :, None], (ramp + .35*waves).clamp(0, 1)[:, None])
+    image = torch.lerp(s['ground'][:, 0, :, None], s['ground'][:, 1, :, None],
+                       (ramp + .35*waves).clamp(0, 1)[:, None])
     bx,by = s['blob_place'][..., None].unbind(1)                                # (B, 1)
     distance = ((x - bx)**2 + (y - by)**2).sqrt() - s['blob_radius']            # (B, H*W)
     return torch.lerp(image, s['blob_paint'][..., None], (.5 - distance/pixel).clamp(0, 1)[:, None])
@@ -127,7 +141,8 @@ def texture_shade(
 ) -> Tensor: # Factor on the colour (M, H*W): 1 where bright, 0.8 where dark
     "Stripes, dots and checks."
     a,b = torch.sin(7*u),torch.sin(7*v)
-    dark = ((texture == 1) & (a > 0)) | ((texture == 2) & (a > .2) & (b > .2)) | ((texture == 3) & (a*b > 0))
+    dark = ((texture == 1) & (a > 0)) | ((texture == 2) & (a > .2) & (b > .2)) | ((texture == 3)
+        & (a*b > 0))
     return 1 - .2*dark
 
 def paint_object(
@@ -147,7 +162,8 @@ def paint_object(
         dx,dy = x - s['place'][rows, j, :1],y - s['place'][rows, j, 1:]         # (M, H*W)
         u,v = (dx*angle.cos() + dy*angle.sin())/radius,(dy*angle.cos() - dx*angle.sin())/radius
         cover = (.5 - shape_distance(shape, u, v)*radius/pixel).clamp(0, 1)     # (M, H*W)
-        paint = s['paint'][rows, j, :, None]*texture_shade(s['texture'][rows, j, None], u, v)[:, None]
+        paint = s['paint'][rows, j, :, None]*texture_shade(s['texture'][rows, j, None], u, v)[:,
+            None]
         image[rows] = torch.lerp(image[rows], paint, cover[:, None])
 
 # %% ../nbs/1_method/07_scenes.ipynb #90be9304
@@ -157,7 +173,8 @@ def render_scenes(
     chunk:int=64, # Scenes painted at a time
 ) -> Tensor: # Pictures (B, 3, H, W), uint8
     "Paint a batch of scenes."
-    if image_size < 8: raise ValueError(f"scenes need an image_size of at least 8 pixels, got {image_size}")
+    if image_size < 8:
+        raise ValueError(f"scenes need an image_size of at least 8 pixels, got {image_size}")
     t = (2*torch.arange(image_size) + 1)/image_size - 1                         # pixel centres
     y,x = (a.reshape(1, -1) for a in torch.meshgrid(t, t, indexing='ij'))       # (1, H*W)
     out = []
@@ -169,12 +186,17 @@ def render_scenes(
     return torch.cat(out).view(-1, 3, image_size, image_size)
 
 # %% ../nbs/1_method/07_scenes.ipynb #8c01aabf
-SYNONYMS = dict(red=['red', 'crimson'], blue=['blue', 'azure'], purple=['purple', 'violet'], cyan=['cyan', 'turquoise'],
-                circle=['circle', 'disc'], square=['square', 'box'], ring=['ring', 'hoop'], cross=['cross', 'plus sign'],
-                moon=['moon', 'crescent'], diamond=['diamond', 'rhombus'], small=['small', 'little', 'tiny'], large=['large', 'big', 'huge'])
+SYNONYMS = dict(red=['red', 'crimson'], blue=['blue', 'azure'], purple=['purple', 'violet'],
+                cyan=['cyan', 'turquoise'],
+                circle=['circle', 'disc'], square=['square', 'box'], ring=['ring', 'hoop'],
+                cross=['cross', 'plus sign'],
+                moon=['moon', 'crescent'], diamond=['diamond', 'rhombus'],
+                small=['small', 'little', 'tiny'], large=['large', 'big', 'huge'])
 TEMPLATES = ['a {}', 'a picture of a {}', 'there is a {}', 'an image with a {}']
-RELATIONS = {(True, False): ['left of', 'to the left of', 'beside'], (True, True): ['right of', 'to the right of', 'beside'],
-             (False, False): ['above', 'over', 'on top of'], (False, True): ['below', 'under', 'beneath']}
+RELATIONS = {(True, False): ['left of', 'to the left of', 'beside'],
+             (True, True): ['right of', 'to the right of', 'beside'],
+             (False, False): ['above', 'over', 'on top of'],
+             (False, True): ['below', 'under', 'beneath']}
 
 def place_words(
     x:float, # Horizontal place in [-1, 1]
@@ -199,7 +221,8 @@ def describe_object(
     size,texture = SIZES[s['size'][i][j]],TEXTURES[s['texture'][i][j]]
     if size != 'medium' and maybe(): words.append(pick(SYNONYMS[size]))
     if texture != 'plain' and maybe(): words.append(texture)
-    for word in (list(COLOURS)[s['colour'][i][j]], SHAPES[s['shape'][i][j]]): words.append(pick(SYNONYMS.get(word, [word])))
+    for word in (list(COLOURS)[s['colour'][i][j]], SHAPES[s['shape'][i][j]]):
+        words.append(pick(SYNONYMS.get(word, [word])))
     return ' '.join(words)
 
 def caption_scenes(
@@ -209,11 +232,13 @@ def caption_scenes(
 ) -> list[str]: # One caption per scene
     "Describe every scene once."
     luck = lookup_uniform(seed, index, 24).tolist()
-    s = {k: s[k].tolist() for k in ('size', 'texture', 'colour', 'shape', 'two', 'horizontal', 'swap', 'place')}
+    s = {k: s[k].tolist()
+         for k in ('size', 'texture', 'colour', 'shape', 'two', 'horizontal', 'swap', 'place')}
     out = []
     for i,row in enumerate(luck):
         numbers = iter(row)
-        pick,maybe = lambda options: options[int(next(numbers)*len(options))],lambda: next(numbers) < .5
+        pick,maybe = lambda options: options[
+            int(next(numbers)*len(options))],lambda: next(numbers) < .5
         words = describe_object(s, i, 0, pick, maybe)
         if s['two'][i]:
             other = describe_object(s, i, 1, pick, maybe)
@@ -232,16 +257,20 @@ def article(
 class Scenes(Dataset):
     "Pictures with captions, computed from their numbers."
     def __init__(self,
-        split:str='train', # 'train', 'val' (same classes, other scenes) or 'unseen' (classes kept out of training)
+        # 'train', 'val' (same classes, other scenes) or 'unseen' (classes kept out of training)
+        split:str='train',
         image_size:int=32, # Side of the pictures in pixels
         size:int=1_000_000, # Number of scenes
         seed:int=0, # Another seed is another data set
         num_objects:int|None=None, # 1 or 2 for all scenes; None mixes
     ):
-        if split not in SPLITS: raise ValueError(f"there is no split {split!r} of the scenes." + nearest(split, SPLITS))
-        if image_size < 8: raise ValueError(f"scenes need an image_size of at least 8 pixels, got {image_size}")
+        if split not in SPLITS:
+            raise ValueError(f"there is no split {split!r} of the scenes." + nearest(split, SPLITS))
+        if image_size < 8:
+            raise ValueError(f"scenes need an image_size of at least 8 pixels, got {image_size}")
         self.split,self.image_size,self.size,self.num_objects = split,image_size,size,num_objects
-        self.stream = 2*(len(SPLITS)*seed + SPLITS.index(split))                # its neighbour words the captions
+        # its neighbour words the captions
+        self.stream = 2*(len(SPLITS)*seed + SPLITS.index(split))
 
     def __len__(self): return self.size
 
@@ -249,15 +278,20 @@ class Scenes(Dataset):
         index:list[int], # Numbers of the scenes
     ) -> dict[str,Tensor]: # Their parameters
         "What is in these scenes."
-        return draw_scenes(self.stream, np.asarray(index), UNSEEN if self.split == 'unseen' else SEEN, self.num_objects)
+        return draw_scenes(self.stream, np.asarray(index),
+                           UNSEEN if self.split == 'unseen' else SEEN, self.num_objects)
 
     def batch(self,
         index:list[int], # Numbers of the scenes
-    ) -> tuple[Tensor,list[str],Tensor]: # Pictures (B, 3, H, W) uint8, captions, class of the first object (B,) as in `CLASSES`
+    ) -> tuple[Tensor,list[str],
+               # Pictures (B, 3, H, W) uint8, captions, class of the first object (B,) as in
+               # `CLASSES`
+               Tensor]:
         "Pictures, captions and classes of any scenes."
         s = self.draw(index)
         labels = s['colour'][:, 0]*len(SHAPES) + s['shape'][:, 0]
-        return render_scenes(s, self.image_size), caption_scenes(self.stream + 1, np.asarray(index), s), labels
+        return render_scenes(s, self.image_size), caption_scenes(self.stream + 1, np.asarray(index),
+            s), labels
 
     def __getitems__(self,
         index:list[int], # Numbers of the scenes

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAD_ID', 'SPECIAL_TOKENS', 'caption_normalizer', 'caption_list', 'CaptionTokenizer', 'valid_tokens', 'mean_valid',
-           'mask_text', 'wants_groups', 'length_groups', 'TextEncoder']
+           'mask_text', 'TextEncoder']
 
 # %% ../nbs/1_method/04_text.ipynb #00c8f1cf
 import os
@@ -18,7 +18,7 @@ from .transformer import Transformer
 
 # %% ../nbs/1_method/04_text.ipynb #41a3fcc4
 def caption_normalizer() -> normalizers.Normalizer: # Text in, plain lower-case text out
-    "Fold case and compatibility characters and drop accents, as the official tokenizer does before it looks for words."
+    "Fold case and compatibility characters, and drop accents, as the official tokenizer does."
     n = normalizers
     return n.Sequence([n.NFKC(), n.Lowercase(), n.Replace('ß', 'ss'), n.Replace('ς', 'σ'),
                        n.Replace(Regex(r'\p{Cc}'), ' '), n.BertNormalizer(lowercase=True)])
@@ -31,10 +31,12 @@ def caption_list(
     captions:str|Iterable[str], # One caption or several
 ) -> list[str]: # The captions, checked
     "Captions as a list; the first that is not text is named in the error."
-    if isinstance(captions, (str, bytes)) or not isinstance(captions, Iterable): captions = [captions]
+    if isinstance(captions, (str, bytes)) or not isinstance(captions, Iterable):
+        captions = [captions]
     captions = list(captions)
     for i,c in enumerate(captions):
-        if not isinstance(c, str): raise ValueError(f"caption {i} is not text but {type(c).__name__}: {c!r:.80}")
+        if not isinstance(c, str):
+            raise ValueError(f"caption {i} is not text but {type(c).__name__}: {c!r:.80}")
     return captions
 
 # %% ../nbs/1_method/04_text.ipynb #58d2d46d
@@ -46,11 +48,17 @@ class CaptionTokenizer:
         cls_token:bool=False, # Put '[CLS]' in front of every caption; the official code does not
     ):
         if vocab.get('[PAD]') != PAD_ID or not {'[UNK]', '[CLS]'} <= vocab.keys():
-            raise ValueError("the vocabulary needs '[PAD]' as id 0, '[UNK]' and '[CLS]'; is this a WordPiece vocabulary, one piece a line?")
-        if context_length < 1: raise ValueError(f"context_length must be at least 1, got {context_length}")
+            raise ValueError(
+                "the vocabulary needs '[PAD]' as id 0, '[UNK]' and '[CLS]'; is this a WordPiece "
+                "vocabulary, one piece a line?")
+        if context_length < 1:
+            raise ValueError(f"context_length must be at least 1, got {context_length}")
         tok = Tokenizer(models.WordPiece(vocab, unk_token='[UNK]'))
         tok.normalizer,tok.pre_tokenizer = caption_normalizer(),pre_tokenizers.BertPreTokenizer()
-        if cls_token: tok.post_processor = processors.TemplateProcessing(single='[CLS] $A', special_tokens=[('[CLS]', vocab['[CLS]'])])
+        if cls_token:
+            tok.post_processor = processors.TemplateProcessing(single='[CLS] $A',
+                                                               special_tokens=[('[CLS]',
+                                                                                vocab['[CLS]'])])
         tok.enable_truncation(context_length)
         tok.enable_padding(length=context_length, pad_id=PAD_ID, pad_token='[PAD]')
         self.tok = tok
@@ -58,7 +66,8 @@ class CaptionTokenizer:
     @classmethod
     def train(cls,
         captions:Iterable[str], # Corpus, one caption each
-        vocab_size:int=4096, # Most pieces to learn, special tokens included; single letters are kept even beyond it
+        # Most pieces to learn, special tokens included; single letters are kept even beyond it
+        vocab_size:int=4096,
         context_length:int=32, # Ids per caption, `L` >= 1
     ) -> 'CaptionTokenizer': # Tokenizer whose ids depend on the captions alone
         "Learn WordPiece pieces from captions."
@@ -66,9 +75,12 @@ class CaptionTokenizer:
         if not captions: raise ValueError("there are no captions to learn pieces from")
         def learn(size, first):
             tok = cls({t:i for i,t in enumerate(SPECIAL_TOKENS)}).tok
-            tok.train_from_iterator(captions, trainers.WordPieceTrainer(vocab_size=size, special_tokens=first, show_progress=False))
+            tok.train_from_iterator(captions,
+                                    trainers.WordPieceTrainer(vocab_size=size, special_tokens=first,
+                                                              show_progress=False))
             return sorted(set(tok.get_vocab()) - set(SPECIAL_TOKENS))
-        letters = learn(0, SPECIAL_TOKENS)  # their order breaks ties, so it must not be left to chance
+        # their order breaks ties, so it must not be left to chance
+        letters = learn(0, SPECIAL_TOKENS)
         pieces = SPECIAL_TOKENS + learn(vocab_size, SPECIAL_TOKENS + letters)
         return cls({p:i for i,p in enumerate(pieces)}, context_length)
 
@@ -78,23 +90,34 @@ class CaptionTokenizer:
         **kwargs, # `context_length`, `cls_token`
     ) -> 'CaptionTokenizer': # Tokenizer with the ids of the file
         "Read a WordPiece vocabulary."
-        if not os.path.isfile(path): raise ValueError(f"there is no vocabulary file at {str(path)!r}; it is a text file with one piece a line, such as BERT's vocab.txt")
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"there is no vocabulary file at {str(path)!r}; it is a text file with one piece "
+                f"a line, such as BERT's vocab.txt")
         try:
-            with open(path, encoding='utf8') as f: vocab = {line.rstrip('\n'):i for i,line in enumerate(f)}
-        except UnicodeDecodeError as e: raise ValueError(f"{str(path)!r} is not a text file; a vocabulary has one piece a line") from e
+            with open(path, encoding='utf8') as f:
+                vocab = {line.rstrip('\n'):i for i,line in enumerate(f)}
+        except UnicodeDecodeError as e:
+            raise ValueError(
+                f"{str(path)!r} is not a text file; a vocabulary has one piece a line") from e
         return cls(vocab, **kwargs)
 
     @classmethod
     def from_file(cls,
-        path:str|os.PathLike, # `tokenizer.json`, the folder that holds it, or a repository on the Hugging Face hub
+        # `tokenizer.json`, the folder that holds it, or a repository on the Hugging Face hub
+        path:str|os.PathLike,
     ) -> 'CaptionTokenizer': # The tokenizer that was saved
         "Load a saved tokenizer."
         if not os.path.isfile(path): path = find_file(path, 'tokenizer.json')
         self = cls.__new__(cls)
         try: self.tok = Tokenizer.from_file(str(path))
-        except Exception as e: raise ValueError(f"{str(path)!r} is not a saved tokenizer: {e}") from e
-        if not self.tok.truncation or not self.tok.padding or self.tok.token_to_id('[PAD]') != PAD_ID:
-            raise ValueError(f"{str(path)!r} was not saved by CaptionTokenizer: it needs a fixed length and '[PAD]' as id 0")
+        except Exception as e:
+            raise ValueError(f"{str(path)!r} is not a saved tokenizer: {e}") from e
+        if not self.tok.truncation or not self.tok.padding or self.tok.token_to_id(
+            '[PAD]') != PAD_ID:
+            raise ValueError(
+                f"{str(path)!r} was not saved by CaptionTokenizer: it needs a fixed length and "
+                f"'[PAD]' as id 0")
         return self
 
     def save(self,
@@ -116,11 +139,14 @@ class CaptionTokenizer:
 
     def __call__(self,
         captions:str|Iterable[str], # One caption or several
-        trim:bool=False, # Cut the batch to its longest caption; changes nothing where padding is masked
+        # Cut the batch to its longest caption; changes nothing where padding is masked
+        trim:bool=False,
     ) -> Tensor: # Ids (B, L), padded with 0
         "Turn captions into ids."
         encoded = self.tok.encode_batch(caption_list(captions))
-        ids = torch.tensor([e.ids for e in encoded], dtype=torch.long).view(len(encoded), self.context_length)  # (B, L)
+        # (B, L)
+        ids = torch.tensor([e.ids for e in encoded], dtype=torch.long).view(len(encoded),
+                                                                            self.context_length)
         return ids[:, :max(1, int((ids != PAD_ID).any(0).sum()))] if trim else ids
 
     def decode(self,
@@ -152,36 +178,23 @@ def mask_text(
     valid:Tensor, # True for real tokens (B, L)
     mask_ratio:float, # Fraction of tokens to drop, in [0, 1)
     order:str='random', # 'random': any token; 'padding_first': padding goes before text
-    keep_first:bool=False, # Never drop position 0, and put it first (needed where it is the feature)
-    noise:Tensor|None=None, # One number in [0, 1) per token (B, L), the smallest are kept; None draws it
-) -> tuple[Tensor,Tensor]: # Kept tokens (B, K, D) and which of them are real (B, K); one at least counts as real
+    # Never drop position 0, and put it first (needed where it is the feature)
+    keep_first:bool=False,
+    # One number in [0, 1) per token (B, L), the smallest are kept; None draws it
+    noise:Tensor|None=None,
+) -> tuple[Tensor,
+           # Kept tokens (B, K, D) and which of them are real (B, K); one at least counts as real
+           Tensor]:
     "Drop text tokens (Li et al. 2023, table 1c)."
-    if order not in ('random', 'padding_first'): raise ValueError(f"order must be 'random' or 'padding_first', got {order!r}")
-    bias = (~valid).float() if order == 'padding_first' else torch.zeros_like(valid, dtype=torch.float)
+    if order not in ('random', 'padding_first'):
+        raise ValueError(f"order must be 'random' or 'padding_first', got {order!r}")
+    bias = (~valid).float() if order == 'padding_first' else torch.zeros_like(valid,
+                                                                              dtype=torch.float)
     if keep_first: bias[:, 0] = -1.
     x,ids_keep = random_mask(x, mask_ratio, noise, bias=bias)
     valid = valid.gather(1, ids_keep)                                   # (B, K)
     valid[:, 0] |= ~valid.any(1)
     return x, valid
-
-# %% ../nbs/1_method/04_text.ipynb #efbaa9cb
-def wants_groups(
-    ids:Tensor, # Ids (B, L)
-) -> bool: # Whether `length_groups` saves work
-    "Many captions, on a CPU, in code that is not compiled."
-    return not torch.compiler.is_compiling() and ids.device.type == 'cpu' and len(ids) >= 64
-
-def length_groups(
-    ids:Tensor, # Ids (B, L), 0 is padding
-    most:int=4, # Groups at most
-    fewest:int=32, # Captions of a group at least: smaller products run slower (chapter 28: groups of 16 gained nothing)
-) -> list[tuple[Tensor,int]]: # Rows of each group, and the length of its longest caption
-    "Captions of like length."
-    lengths = ((ids != PAD_ID)*torch.arange(1, ids.shape[1] + 1, device=ids.device)).amax(1).clamp(min=1)    # (B,) place of the last word
-    order = lengths.argsort()
-    whole,groups = (order, int(lengths[order[-1]])),[(rows, int(lengths[rows[-1]])) for rows in order.chunk(max(1, min(most, len(ids)//fewest)))]
-    worth = sum(len(rows)*length for rows,length in groups) < .9*len(ids)*whole[1]
-    return groups if worth else [whole]
 
 # %% ../nbs/1_method/04_text.ipynb #f526d602
 class TextEncoder(nn.Module):
@@ -197,8 +210,10 @@ class TextEncoder(nn.Module):
         padding_mask:bool=True, # Hide padding from attention; the official code does not
     ):
         super().__init__()
-        if pool not in ('mean', 'first'): raise ValueError(f"pool must be 'mean' or 'first', got {pool!r}")
-        self.context_length,self.embed_dim,self.pool,self.padding_mask = context_length,embed_dim,pool,padding_mask
+        if pool not in ('mean', 'first'):
+            raise ValueError(f"pool must be 'mean' or 'first', got {pool!r}")
+        self.context_length,self.embed_dim = context_length,embed_dim
+        self.pool,self.padding_mask = pool,padding_mask
         self.token_embed = nn.Embedding(vocab_size, embed_dim)
         nn.init.normal_(self.token_embed.weight, std=0.02)
         self.pos_embed = nn.Parameter(torch.randn(1, context_length, embed_dim)*0.02)
@@ -208,25 +223,23 @@ class TextEncoder(nn.Module):
         ids:Tensor, # Ids (B, L), 0 is padding, L at most `context_length`
         mask_ratio:float=0., # Fraction of tokens to drop, in [0, 1)
         mask_order:str='random', # 'random' or 'padding_first'
-        noise:Tensor|None=None, # One number in [0, 1) per token (B, L), the smallest are kept; None draws it
+        # One number in [0, 1) per token (B, L), the smallest are kept; None draws it
+        noise:Tensor|None=None,
     ) -> Tensor: # One feature per caption (B, D)
         "Encode captions and pool them."
-        if ids.shape[1] > self.context_length: raise ValueError(f"captions have {ids.shape[1]} ids, more than context_length {self.context_length}")
-        masked = bool(mask_ratio) or noise is not None
-        groups = [] if masked or not self.padding_mask or not wants_groups(ids) else length_groups(ids)
-        if len(groups) == 1: ids,groups = ids[:, :groups[0][1]],[]
-        if groups: ids = ids[order := torch.cat([rows for rows,_ in groups])]
-        x,valid = self.token_embed(ids) + self.pos_embed[:, :ids.shape[1]],valid_tokens(ids)     # (B, L, D) and (B, L)
-        if masked: x,valid = mask_text(x, valid, mask_ratio, mask_order, self.pool == 'first', noise)
-        if not groups: return self.encode(x, valid)
-        sizes,lengths = zip(*[(len(rows), length) for rows,length in groups])
-        features = torch.cat([self.encode(t[:, :n], v[:, :n]) for t,v,n in zip(x.split(sizes), valid.split(sizes), lengths)])
-        return features[order.argsort()]
+        if ids.shape[1] > self.context_length:
+            raise ValueError(
+                f"captions have {ids.shape[1]} ids, more than context_length {self.context_length}")
+        x = self.token_embed(ids) + self.pos_embed[:, :ids.shape[1]]    # (B, L, D)
+        valid = valid_tokens(ids)                                       # (B, L)
+        if mask_ratio or noise is not None:
+            x,valid = mask_text(x, valid, mask_ratio, mask_order, self.pool == 'first', noise)
+        return self.encode(x, valid)
 
     def encode(self,
         x:Tensor, # Tokens (B, K, D)
         valid:Tensor, # True for real tokens (B, K)
     ) -> Tensor: # One feature per caption (B, D)
-        "All captions at their common length."
+        "Transform embedded tokens and pool them."
         x = self.transformer(x, valid if self.padding_mask else None)   # (B, K, D)
         return x[:, 0] if self.pool == 'first' else mean_valid(x, valid)

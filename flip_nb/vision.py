@@ -10,7 +10,7 @@ import difflib
 import torch
 from torch import nn, Tensor
 from .masking import patchify, random_mask, take_tokens
-from .transformer import Linear, Transformer, init_linear, sincos_2d
+from .transformer import Transformer, init_linear, sincos_2d
 
 # %% ../nbs/1_method/03_vision.ipynb #a079412d
 def pool_tokens(
@@ -30,8 +30,11 @@ def check_images(
     "Raise an error that says how to mend the batch, unless it is fine."
     got,(H,W) = tuple(images.shape),image_size or ('H', 'W')
     if len(got) == 4 and got[-1] == 3 != got[1]:
-        raise ValueError(f"images look like (B, H, W, 3), got {got}; channels come first here: use images.permute(0, 3, 1, 2)")
-    if not images.is_floating_point(): raise ValueError(f"images must be normalised floats, got {images.dtype}")
+        raise ValueError(
+            f"images look like (B, H, W, 3), got {got}; channels come first here: use "
+            f"images.permute(0, 3, 1, 2)")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be normalised floats, got {images.dtype}")
     if len(got) != 4 or got[1] != 3 or (image_size and got[2:] != tuple(image_size)):
         raise ValueError(f"images must have shape (B, 3, {H}, {W}), got {got}")
 
@@ -45,18 +48,25 @@ class ImageEncoder(nn.Module):
         depth:int=3, # Number of blocks
         num_heads:int=3, # Number of attention heads
         mlp_ratio:float=4., # Hidden width of the MLPs over `D`
-        pool:str='mean', # Feature: 'mean' of all tokens, class token included (official), or the 'cls' token
+        # Feature: 'mean' of all tokens, class token included (official), or the 'cls' token
+        pool:str='mean',
         pos:str='sincos', # Positions: fixed 'sincos' (official) or 'learned'
     ):
         super().__init__()
-        if image_size % patch_size: raise ValueError(f"image_size {image_size} is not divisible by patch_size {patch_size}")
-        if pool not in ('mean', 'cls'): raise ValueError(f"pool must be 'mean' or 'cls', got {pool!r}")
-        if pos not in ('sincos', 'learned'): raise ValueError(f"pos must be 'sincos' or 'learned', got {pos!r}")
-        self.image_size,self.patch_size,self.embed_dim,self.pool = image_size,patch_size,embed_dim,pool
+        if image_size % patch_size:
+            raise ValueError(f"image_size {image_size} is not divisible by patch_size {patch_size}")
+        if pool not in ('mean', 'cls'):
+            raise ValueError(f"pool must be 'mean' or 'cls', got {pool!r}")
+        if pos not in ('sincos', 'learned'):
+            raise ValueError(f"pos must be 'sincos' or 'learned', got {pos!r}")
+        self.image_size,self.patch_size = image_size,patch_size
+        self.embed_dim,self.pool = embed_dim,pool
         grid = image_size//patch_size
-        self.patch_embed = Linear(3*patch_size**2, embed_dim)
+        self.patch_embed = nn.Linear(3*patch_size**2, embed_dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim)*0.02)
-        if pos == 'sincos': self.register_buffer('pos_embed', sincos_2d((grid, grid), embed_dim)[None], persistent=False)
+        if pos == 'sincos':
+            self.register_buffer('pos_embed', sincos_2d((grid, grid), embed_dim)[None],
+                                 persistent=False)
         else: self.pos_embed = nn.Parameter(torch.randn(1, grid**2, embed_dim)*0.02)
         self.transformer = Transformer(embed_dim, depth, num_heads, mlp_ratio)
         self.patch_embed.apply(init_linear)
@@ -68,7 +78,8 @@ class ImageEncoder(nn.Module):
     ) -> Tensor: # Class token and kept patches, embedded and placed (B, 1+K, D)
         "Cut, mask, and only then embed: dropped patches cost nothing."
         check_images(images, (self.image_size, self.image_size))
-        x,pos = patchify(images, self.patch_size).to(self.patch_embed.weight.dtype),self.pos_embed  # (B, N, 3*P*P), (1, N, D)
+        # (B, N, 3*P*P), (1, N, D)
+        x,pos = patchify(images, self.patch_size).to(self.patch_embed.weight.dtype),self.pos_embed
         if mask_ratio or noise is not None:
             x,ids_keep = random_mask(x, mask_ratio, noise)             # (B, K, 3*P*P)
             pos = self.pos_embed[0][ids_keep]                          # (B, K, D)
@@ -110,9 +121,11 @@ def check_timm_name(
     import timm
     from timm.models import is_model_in_modules
     if is_model_in_modules(name, TIMM_VIT_MODULES): return
-    known = [n for m in TIMM_VIT_MODULES for n in timm.list_models(module=m) if not n.startswith('test_')]
+    known = [n for m in TIMM_VIT_MODULES for n in timm.list_models(module=m)
+             if not n.startswith('test_')]
     close = difflib.get_close_matches(name.lower().split('.')[0], known, 5, 0)
-    what = "is not a VisionTransformer, so its tokens cannot be masked" if timm.is_model(name) else "is no timm model"
+    what = "is not a VisionTransformer, so its tokens cannot be masked" if timm.is_model(
+        name) else "is no timm model"
     raise ValueError(f"{name!r} {what}; the nearest that work: {', '.join(close)}")
 
 # %% ../nbs/1_method/03_vision.ipynb #68427c9e
@@ -128,7 +141,9 @@ class TimmImageEncoder(nn.Module):
         check_timm_name(name)
         self.vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
         if not isinstance(self.vit, timm.models.VisionTransformer):
-            raise ValueError(f"{name!r} became a {type(self.vit).__name__}; masking needs a timm VisionTransformer")
+            raise ValueError(
+                f"{name!r} became a {type(self.vit).__name__}; masking needs a timm "
+                f"VisionTransformer")
         self.vit.patch_drop = MaskTokens(self.vit.num_prefix_tokens)
         self.embed_dim,self.image_size = self.vit.num_features,self.vit.patch_embed.img_size[0]
 

@@ -21,10 +21,12 @@ import torch
 from fastcore.script import call_parse
 from masking_pays import RESULTS, machine
 from PIL import Image
-from flip_nb.data.pairs import load_pairs
-from flip_nb.zero_shot import encode_captions, encode_pairs, retrieval_recall, similarity, top_k_accuracy, zero_shot_classifier
+from flip_nb.data.folders import load_pairs
+from flip_nb.zero_shot import (
+    encode_captions, retrieval_recall, similarity, top_k_accuracy, zero_shot_classifier)
+from flip_nb.evaluation.scores import encode_pairs
 from flip_nb.model import FLIP
-from flip_nb.scale.checkpoint import write_json
+from flip_nb.files import write_json
 
 TEMPLATES = ['{}', 'a {}', 'a photo of a {}']           # as in training's own evaluation of labels
 KS,BATCH = (1, 5, 10),256

@@ -15,10 +15,11 @@ import accelerate, datasets, timm, torch
 from torchvision.transforms.functional import to_pil_image
 from flip_nb.finetune import finetune
 from flip_nb.model import FLIP
-from flip_nb.evaluation.probe import class_numbers, extract_features, linear_probe
+from flip_nb.evaluation.features import class_numbers, extract_features
+from flip_nb.evaluation.probe import linear_probe
 from flip_nb.evaluation.datasets import open_test_set
 from flip_nb.scenes import COLOURS, Scenes
-from flip_nb.scale.checkpoint import write_json
+from flip_nb.files import write_json
 from flip_nb.train import train
 
 TEST = 1000

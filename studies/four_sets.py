@@ -8,7 +8,6 @@ The step counts come from the measured speed, so the runs can share the machine 
 results is not trained again. Scores come from `flip_nb.evaluate`; the models of Flickr8k, which know photographs and
 sentences, are also asked about CIFAR-10 and Tiny-ImageNet, which they have never seen.
 """
-import inspect
 import json
 import tempfile
 from pathlib import Path
@@ -16,8 +15,10 @@ import torch
 from fastcore.script import call_parse
 from masking_pays import RESULTS, machine, measure_speed
 from flip_nb.evaluate import evaluate
-from flip_nb.scale.checkpoint import write_json
-from flip_nb.train import resolve_options, train
+from flip_nb.files import write_json
+from flip_nb.scale.config import TrainConfig, resolve
+from flip_nb.scale.options import build
+from flip_nb.train import train
 
 RATIOS = (0.5, 0.)
 PRESETS = dict(cifar10='tiny', flickr8k_64='mini', emoji64='mini', tiny_imagenet='mini')
@@ -65,8 +66,7 @@ def main(
     given = dict(data=data, seed=seed, threads=1, batch_size=128, preset=PRESETS[name])
     folder.mkdir(parents=True, exist_ok=True)
     if measure:
-        defaults = {k: p.default for k,p in inspect.signature(train).parameters.items()}
-        return write_json(folder/f'speed-{name}.json', measure_speed(resolve_options(defaults | given)))
+        return write_json(folder/f'speed-{name}.json', measure_speed(resolve(build(TrainConfig, given))))
     speed = json.loads((folder/f'speed-{name}.json').read_text())
     rate = {r['mask_ratio']: r['pairs_per_second']/speed['batch_size'] for r in speed['rows']}       # steps per second
     for ratio in RATIOS if mask_ratio is None else (mask_ratio,):

@@ -8,7 +8,6 @@
 `--measure` belongs on an idle machine: it says how many steps each mask ratio gets in the same time, so that the
 runs themselves can share the machine with other work.
 """
-import inspect
 import json
 import platform
 import statistics
@@ -16,17 +15,21 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 import torch
 from fastcore.script import call_parse
-from flip_nb.scale.checkpoint import write_json
-from flip_nb.data.pairs import Collate, to_float
+from flip_nb.data.pairs import Collate
+from flip_nb.model import to_float
+from flip_nb.files import read_lines, write_json
+from flip_nb.loop import parameter_groups
 from flip_nb.loss import info_nce
 from flip_nb.masking import encoder_flops, num_kept
-from flip_nb.model import FLIP, preset_config
-from flip_nb.official.recipe import parameter_groups
-from flip_nb.text import CaptionTokenizer
-from flip_nb.train import default_preset, make_accelerator, make_loader, noise_sizes, open_data, resolve_options, train
+from flip_nb.model import preset_config
+from flip_nb.scale.config import TrainConfig, default_preset, resolve
+from flip_nb.scale.loader import make_loader, new_model, noise_sizes, open_train_data
+from flip_nb.scale.options import build, flatten
+from flip_nb.scale.setup import make_accelerator
+from flip_nb.scale.trainer import make_fast
+from flip_nb.train import train
 
 RATIOS = (0., .5, .75)
 RESULTS = Path(__file__).parent.parent/'results'
@@ -43,15 +46,17 @@ def step_flops(config, mask_ratio, text_length):
     embed = 2*k*3*config.patch_size**2*config.image_width
     return embed + encoder_flops(k + 1, config.image_width, config.image_depth)['total'] + encoder_flops(text_length, config.text_width, config.text_depth)['total']
 
-def measure_speed(options, rounds=15):
+def measure_speed(config, rounds=15):
     "Seconds of a training step, reading included, at each mask ratio, taking turns."
-    accelerator = make_accelerator('auto', options.threads)
-    config = preset_config(options.preset)
-    pairs,captions,_ = open_data(options, config.image_size)
-    tokenizer = CaptionTokenizer.train(captions(), options.vocab_size)
-    model = FLIP.from_preset(options.preset, vocab_size=tokenizer.vocab_size)
+    c,o = config,flatten(config)
+    accelerator = make_accelerator('auto', c.machine.threads)
+    data = open_train_data(c, preset_config(c.model.preset).image_size)
+    model = new_model(c.model, data.captions)
+    make_fast(model, c)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-4, fused=True)
-    batches = iter(make_loader(accelerator, pairs, Collate(tokenizer), options, noise_sizes(model, 0.), range(10**6)))
+    batches = iter(make_loader(accelerator, data.train, Collate(model.tokenizer), c.optim.batch_size, c.seed,
+                               noise_sizes(model, 0.), range(10**6), c.data.workers))
+    sizes = model.config
     model,lengths = accelerator.prepare(model),[]
     def step(ratio):
         start = time.perf_counter()
@@ -66,29 +71,30 @@ def measure_speed(options, rounds=15):
         for ratio in RATIOS[k % 3:] + RATIOS[:k % 3]: seconds[ratio].append(step(ratio))
     length = round(statistics.mean(lengths))
     rows = [dict(mask_ratio=r, seconds=statistics.median(s), quartiles=statistics.quantiles(s, n=4)[::2],
-                 pairs_per_second=options.batch_size/statistics.median(s), flops=step_flops(config, r, length)) for r,s in seconds.items()]
-    return dict(data=Path(options.data).name, preset=options.preset, batch_size=options.batch_size, rounds=rounds, threads=options.threads,
-                text_length=length, mixed_precision=accelerator.mixed_precision, machine=machine(), rows=rows)
+                 pairs_per_second=c.optim.batch_size/statistics.median(s), flops=step_flops(sizes, r, length)) for r,s in seconds.items()]
+    return dict(data=Path(c.data.data).name, rounds=rounds, text_length=length, machine=machine(), rows=rows,
+                mixed_precision=accelerator.mixed_precision, **{k: o[k] for k in ('preset', 'batch_size', 'threads')})
 
-def equal_time_run(options, folder, seconds):
+def equal_time_run(given, folder, seconds):
     "Train for as many steps as fit into `seconds` at the measured speed."
-    speed = json.loads((folder/'speed.json').read_text())
+    speeds,o = json.loads((folder/'speed.json').read_text()),given
     for k in ('preset', 'batch_size', 'threads'):
-        if speed[k] != vars(options)[k]: raise SystemExit(f"{folder/'speed.json'} was measured with {k} {speed[k]}, not {vars(options)[k]}; measure again")
-    rate = {r['mask_ratio']: r['pairs_per_second'] for r in speed['rows']}
-    steps = int(.9*seconds*rate[options.mask_ratio]/options.batch_size)
-    tune_steps = int(.1*seconds*rate[0.]/options.batch_size)                # a tenth of the time, unmasked, for every ratio
+        if speeds[k] != o[k]: raise SystemExit(f"{folder/'speed.json'} was measured with {k} {speeds[k]}, not {o[k]}; measure again")
+    rate = {r['mask_ratio']: r['pairs_per_second'] for r in speeds['rows']}
+    steps = int(.9*seconds*rate[o['mask_ratio']]/o['batch_size'])
+    tune_steps = int(.1*seconds*rate[0.]/o['batch_size'])                   # a tenth of the time, unmasked, for every ratio
+    name = Path(o['data']).name
     with tempfile.TemporaryDirectory() as tmp:
         start = time.perf_counter()
-        results = train(**vars(options), steps=steps, tune_steps=tune_steps, eval_every=steps//6, log_every=steps//100, out=f'{tmp}/run', quiet=True)
-        log,evaluations = ([json.loads(line) for line in open(f'{tmp}/run/{name}.jsonl')] for name in ('metrics', 'evaluations'))
+        results = train(**o, steps=steps, tune_steps=tune_steps, eval_every=steps//6, log_every=steps//100, out=f'{tmp}/run', quiet=True)
+        log,evaluations = (read_lines(Path(f'{tmp}/run/{file}.jsonl')) for file in ('metrics', 'evaluations'))
         scores = {(e['stage'], e['step']): {k: e[k] for k in ('zero_shot', 'zero_shot_unseen', 'retrieval', 'eval_seconds')} for e in evaluations}
         log = [line | scores.get((line['stage'], line['step']), {}) for line in log]
-        config = json.loads(Path(f'{tmp}/run/train_config.json').read_text()) | dict(out=None, data=Path(options.data).name)
+        config = json.loads(Path(f'{tmp}/run/train_config.json').read_text()) | dict(out=None, data=name)
     for line in log:                                                        # seconds at the measured speed
         tuning = line['stage'] == 'tuning'
-        line['seconds'] = .9*seconds*tuning + line['step']*options.batch_size/rate[0. if tuning else options.mask_ratio]
-    return dict(mask_ratio=options.mask_ratio, seed=options.seed, seconds=seconds, config=config, machine=machine(),
+        line['seconds'] = .9*seconds*tuning + line['step']*o['batch_size']/rate[0. if tuning else o['mask_ratio']]
+    return dict(mask_ratio=o['mask_ratio'], seed=o['seed'], seconds=seconds, config=config, machine=machine(),
                 wall_seconds=time.perf_counter() - start, results=results, log=log)
 
 @call_parse
@@ -108,8 +114,7 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     given = dict(data=data, seed=seed, threads=threads, batch_size=batch_size, lr=lr, preset=preset or default_preset(data))
     if measure:
-        defaults = {k: p.default for k,p in inspect.signature(train).parameters.items()}
-        return write_json(folder/'speed.json', measure_speed(resolve_options(defaults | given)))
+        return write_json(folder/'speed.json', measure_speed(resolve(build(TrainConfig, given))))
     for ratio in RATIOS if mask_ratio is None else (mask_ratio,):
-        run = equal_time_run(SimpleNamespace(**given, mask_ratio=ratio), folder, seconds)
+        run = equal_time_run(given | dict(mask_ratio=ratio), folder, seconds)
         write_json(folder/f'mask{ratio*100:.0f}-seed{seed}.json', run)

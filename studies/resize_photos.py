@@ -10,9 +10,10 @@ import torch
 from fastcore.script import call_parse
 from torchvision.transforms import v2
 from tqdm import tqdm
-from flip_nb.data.pairs import decode_image, eval_transform, load_rows, pair_columns
+from flip_nb.data.decode import decode_image, eval_transform
+from flip_nb.data.folders import load_rows, pair_columns
 from flip_nb.official.preprocess import centre_crop, official_resize
-from flip_nb.scale.checkpoint import write_json
+from flip_nb.files import write_json
 
 RESULTS = Path(__file__).parent.parent/'results'/'preprocess'
 
@@ -30,8 +31,12 @@ def main(
     for row in tqdm(rows):
         square = centre_crop(decode_image(row[column]))
         x = v2.PILToTensor()(square)
-        for name,half_pixel in (('training', True), ('evaluation', False)): differences[name].append((official_resize(x, side, half_pixel) - ours(square)).abs())
-    out = {k: dict(mean=torch.stack([a.mean() for a in d]).mean().item(), max=max(a.max() for a in d).item()) for k,d in differences.items()}
+        for name,half_pixel in (('training', True), ('evaluation', False)):
+            differences[name].append((official_resize(x, side, half_pixel) - ours(square)).abs())
+    mean = lambda d: torch.stack([a.mean() for a in d]).mean().item()
+    out = {k: dict(mean=mean(d), max=max(a.max() for a in d).item()) for k,d in differences.items()}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    write_json(RESULTS/f'{Path(data).name}-{side}.json', dict(data=Path(data).name, side=side, pictures=pictures, python=platform.python_version(),
-               **{p: version(p) for p in ('torch', 'torchvision', 'pillow')}, difference_to_ours=out))
+    versions = dict(python=platform.python_version(), **{p: version(p) for p in ('torch', 'torchvision', 'pillow')})
+    name = Path(data).name
+    write_json(RESULTS/f'{name}-{side}.json',
+               dict(data=name, side=side, pictures=pictures, **versions, difference_to_ours=out))

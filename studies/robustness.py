@@ -15,9 +15,10 @@ from fastcore.script import call_parse
 from masking_pays import RATIOS, RESULTS, machine
 from flip_nb.zero_shot import SCENE_NAMES, SCENE_TEMPLATES, zero_shot_classifier
 from flip_nb.model import FLIP
-from flip_nb.evaluation.robustness import masked_view_curve, robustness_curve
+from flip_nb.evaluation.views import masked_view_curve
+from flip_nb.evaluation.robustness import ZeroShotTask, robustness_curve
 from flip_nb.scenes import Scenes
-from flip_nb.scale.checkpoint import write_json
+from flip_nb.files import write_json
 from flip_nb.train import train
 
 COUNTS = (1, 2, 4, 8)
@@ -41,9 +42,10 @@ def evaluate_both(folder, seed, pictures):
     for state in ('masked', 'tuned'):
         model = FLIP.from_pretrained(folder/state).requires_grad_(False)
         classifier = zero_shot_classifier(model, model.tokenizer, SCENE_NAMES, SCENE_TEMPLATES)
-        if state == 'tuned': out['curve'] = robustness_curve(model, classifier, images, labels, seed=seed)
-        whole = robustness_curve(model, classifier, images, labels, [])['clean']
-        curves = {f'{way}{r*100:.0f}': masked_view_curve(model, classifier, images, labels, r, COUNTS, way == 'disjoint', seed)
+        task = ZeroShotTask(classifier, images, labels)
+        if state == 'tuned': out['curve'] = robustness_curve(model, task, seed=seed)
+        whole = robustness_curve(model, task, [])['clean']
+        curves = {f'{way}{r*100:.0f}': masked_view_curve(model, task, r, COUNTS, way == 'disjoint', seed)
                   for way in ('random', 'disjoint') for r in (.5, .75)}
         out['views'][state] = dict(whole=whole) | curves
     return out

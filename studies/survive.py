@@ -22,7 +22,8 @@ import torch
 from fastcore.script import call_parse
 from safetensors.torch import load_file
 from masking_pays import RESULTS, machine
-from flip_nb.scale.checkpoint import checkpoint_step, latest_checkpoint, write_json
+from flip_nb.scale.checkpoint import checkpoint_step, latest_checkpoint
+from flip_nb.files import write_json
 from flip_nb.train import train
 
 def options(steps):

@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 from fastcore.script import call_parse
 from masking_pays import RESULTS, machine
-from flip_nb.data.pairs import decode_image, eval_transform, load_pairs, to_float
+from flip_nb.data.decode import decode_image, eval_transform
+from flip_nb.data.folders import load_pairs
+from flip_nb.model import to_float
 from flip_nb.zero_shot import evaluating
 from flip_nb.model import FLIP
-from flip_nb.evaluation.probe import extract_features
-from flip_nb.scale.checkpoint import write_json
+from flip_nb.evaluation.features import extract_features
+from flip_nb.files import write_json
 
 def timed(func):
     "Wall and CPU seconds of this process, and what the function returned."

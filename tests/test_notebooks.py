@@ -22,6 +22,7 @@ bypasses = {
     r'^\s*%%script\b|--no-raise-error': 'goes on whatever its script does',
     r'\bIN_TEST\b': 'does something else under test; use the flags `slow`, `gpu` or `notest`',
 }
+odd_words = re.compile(r'\b(go(?:es|ing)? on with|gone on|examined?|by luck|whose word counts)\b', re.I)
 
 
 def code_cells(name): return [c for c in read_nb(root/name).cells if c.cell_type == 'code']
@@ -67,3 +68,21 @@ def test_outputs_are_fit_to_read(name):
     for i,cell in enumerate(read_nb(root/name).cells, 1):
         for o in cell.get('outputs', []): assert o.output_type != 'error', f"{name}, cell {i} shows {o.ename}: {o.evalue}"
         assert not machine_paths(cell), f'{name}, cell {i} shows a path of one machine: {machine_paths(cell)[0]}'
+
+
+@every_notebook
+def test_cells_are_fit_to_read(name):
+    for i,cell in enumerate(read_nb(root/name).cells, 1):
+        if cell.cell_type != 'code':
+            assert not (m := odd_words.search(cell.source)), f'{name}, cell {i}: "{m.group()}" is not how the field says it'
+            continue
+        lines = [l for l in cell.source.splitlines() if not re.match(r'#\|\s*(fig-cap|fig-alt|label):', l)]
+        wide = [l for l in lines if len(l) > 100]
+        assert not wide, f'{name}, cell {i}: {len(wide)} lines over 100 characters:\n' + '\n'.join(wide)
+        assert len([l for l in lines if l.strip()]) <= 40, f'{name}, cell {i} has more than 40 lines'
+
+
+@every_notebook
+def test_comparisons_run_in_a_plain_clone(name):
+    if not re.match(r'nbs/(00_|(solutions/)?(1_method|6_official)/)', name): return
+    for cell in code_cells(name): assert 'shared/' not in cell.source, f'{name} reads files that a clone does not have:\n{cell.source}'

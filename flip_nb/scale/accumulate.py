@@ -23,13 +23,17 @@ def split_batch(
     "Cut a batch into micro-batches."
     if micro_batch < 1: raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
     for k,v in batch.items():
-        if hasattr(v, '__len__') and not isinstance(v, (str, Tensor)): raise ValueError(f"{k!r} is a {type(v).__name__}, which cannot be cut; pass a tensor")
+        if hasattr(v, '__len__') and not isinstance(v, (str, Tensor)):
+            raise ValueError(f"{k!r} is a {type(v).__name__}, which cannot be cut; pass a tensor")
     sizes = {k: len(v) for k,v in batch.items() if isinstance(v, Tensor) and v.ndim}
     if not sizes: raise ValueError("the batch holds no tensor with a row per pair")
-    if len(set(sizes.values())) != 1: raise ValueError(f"the tensors of a batch must have one row per pair, but their lengths are {sizes}")
+    if len(set(sizes.values())) != 1:
+        raise ValueError("the tensors of a batch must have one row per pair, "
+                         f"but their lengths are {sizes}")
     total = max(sizes.values())
     if not total: raise ValueError("the batch is empty")
-    return [{k: v[i:i+micro_batch] if k in sizes else v for k,v in batch.items()} for i in range(0, total, micro_batch)]
+    return [{k: v[i:i+micro_batch] if k in sizes else v for k,v in batch.items()}
+            for i in range(0, total, micro_batch)]
 
 # %% ../../nbs/7_scale/02_accumulate.ipynb #3c79dd59
 def random_devices(
@@ -37,47 +41,51 @@ def random_devices(
     batch:dict, # Its arguments
 ) -> set[torch.device]: # Devices besides the CPU that it may draw random numbers on
     "Where, besides the CPU, randomness may come from."
-    tensors = [*batch.values(), *(model.parameters() if isinstance(model, nn.Module) else ())]
-    return {x.device for x in tensors if isinstance(x, Tensor) and x.device.type != 'cpu'}
+    weights = model.parameters() if isinstance(model, nn.Module) else ()
+    tensors = [x for x in (*batch.values(), *weights) if isinstance(x, Tensor)]
+    return {x.device for x in tensors if x.device.type != 'cpu'}
 
 def generator_states(
     devices:set[torch.device], # Devices besides the CPU
 ) -> dict: # Device to the state of its generator
     "The states of the global generators."
-    return {None: torch.get_rng_state()} | {d: torch.get_device_module(d).get_rng_state(d) for d in devices}
+    others = {d: torch.get_device_module(d).get_rng_state(d) for d in devices}
+    return {None: torch.get_rng_state()} | others
 
 def set_generator_states(
     states:dict, # As `generator_states` returned them
 ):
     "Go back to where the generators were."
-    for d,state in states.items(): torch.set_rng_state(state) if d is None else torch.get_device_module(d).set_rng_state(state, d)
+    for d,state in states.items():
+        if d is None: torch.set_rng_state(state)
+        else: torch.get_device_module(d).set_rng_state(state, d)
 
 # %% ../../nbs/7_scale/02_accumulate.ipynb #ad1d9ab9
 def cached_features(
     model, # Module or function that returns (image_features, text_features, scale)
     micro_batches:list[dict], # Its arguments, part by part
     devices:set[torch.device], # Devices besides the CPU that it may draw random numbers on
-) -> tuple[list,list]: # Image features (B, E), text features (B, E) and scale, as leaves that want a gradient; and the random state before each part
+) -> tuple[list,list]: # Leaves (image features (B, E), text features (B, E), scale), random states
     "Encode everything without gradient."
     parts,states = [],[]
     with torch.no_grad():
         for kwargs in micro_batches:
             states.append(generator_states(devices))
             parts.append(model(**kwargs))
-    torch.clear_autocast_cache()                                                 # older PyTorch would reuse casts that have no gradient
+    torch.clear_autocast_cache()            # older PyTorch would reuse casts that have no gradient
     images,texts,scales = zip(*parts)
     features = float_pair(torch.cat(images), torch.cat(texts))
     return [x.detach().requires_grad_() for x in (*features, scales[0])], states
 
 # %% ../../nbs/7_scale/02_accumulate.ipynb #794f3588
 def cached_backward(
-    model, # Module, also a wrapped one, or function that returns (image_features, text_features, scale)
+    model, # Module, also a wrapped one, or function: (image_features, text_features, scale)
     micro_batches:list[dict], # Its arguments, part by part, such as `split_batch` makes them
-    loss, # Function (image_features (B, E), text_features (B, E), scale) -> scalar, without parameters of its own
-    backward=Tensor.backward, # Function (scalar) that backpropagates, such as `accelerator.backward`
-    no_sync=nullcontext, # Function that makes a context in which gradients are not reduced, such as `partial(accelerator.no_sync, model)`
+    loss, # Function (image_features, text_features, scale) -> scalar, without own parameters
+    backward=Tensor.backward, # Function (scalar) that backpropagates, as `accelerator.backward`
+    no_sync=nullcontext, # Function that makes a context in which gradients are not reduced
 ) -> Tensor: # The loss of all micro-batches together, detached
-    "Add the gradient of a loss over all micro-batches to the parameters, with the activations of one at a time."
+    "Add the gradient of one loss over all micro-batches, with the activations of one at a time."
     if not micro_batches: raise ValueError("there are no micro-batches")
     if len(micro_batches) == 1:
         value = loss(*model(**micro_batches[0]))
@@ -102,14 +110,19 @@ def cached_backward(
 def checkpoint_blocks(
     model:nn.Module, # FLIP, or anything with its blocks or timm's inside; changed in place
 ) -> nn.Module: # The same
-    "Make every transformer block compute its activations again in the backward pass instead of keeping them."
+    "Let every transformer block compute its activations again in the backward pass."
     found = False
     for m in list(model.modules()):
-        if hasattr(m, 'set_grad_checkpointing'): m.set_grad_checkpointing(); found = True     # a timm tower
+        if hasattr(m, 'set_grad_checkpointing'):                # a timm tower
+            m.set_grad_checkpointing()
+            found = True
         if not isinstance(m, Block): continue
-        if not isinstance(m.forward, partial): m.forward = partial(checkpoint, m.forward, use_reentrant=False)
+        if not isinstance(m.forward, partial):
+            m.forward = partial(checkpoint, m.forward, use_reentrant=False)
         found = True
-    if not found: raise ValueError(f"{type(model).__name__} has no transformer blocks that could be computed again")
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no transformer blocks that could be "
+                         f"computed again")
     return model
 
 # %% ../../nbs/7_scale/02_accumulate.ipynb #f6910938
@@ -117,6 +130,6 @@ def compile_towers(
     model:nn.Module, # FLIP; changed in place
     backend:str='inductor', # Compiler backend; 'eager' and 'aot_eager' only trace
 ) -> nn.Module: # The same
-    "Compile both encoders in place; the first call with new sizes, another mask ratio or another gradient mode takes longer."
+    "Compile both encoders in place; the first call with new sizes or another mask ratio is slow."
     for tower in (model.image_encoder, model.text_encoder): tower.compile(backend=backend)
     return model
