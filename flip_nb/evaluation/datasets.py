@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from torchvision.transforms.functional import to_pil_image
 from ..core import find_file, nearest
-from ..data.pairs import (
-    IMAGE_NAMES, SPLITS, Pairs, eval_transform, find_column, hold_out, load_rows, pair_columns)
+from ..data.folders import find_column, hold_out, IMAGE_NAMES, load_rows, pair_columns
+from ..data.folders import SPLITS
+from ..data.pairs import Pairs
+from ..data.decode import eval_transform
 from .labels import readable_names, tidy_rows
 from .prompts import check_prompts, templates
 from .registry import REGISTRY, Entry

@@ -8,7 +8,7 @@ __all__ = ['label_places', 'to_class_numbers', 'tidy_rows', 'readable_names', 'm
 # %% ../../nbs/5_evaluation/05_labels.ipynb #f258d1d7
 import re
 from torch import Tensor
-from ..data.pairs import find_column
+from ..data.folders import find_column
 from .prompts import imagenet_names
 from ..zero_shot import top_k_accuracy
 

@@ -16,10 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from ..core import nearest
-from .probe import digest
+from .features import digest
 from ..model import FLIP
 from ..text import CaptionTokenizer
-from ..zero_shot import gather_objects, processes, zero_shot_classifier
+from ..distributed import gather_objects, in_turns, processes
+from ..zero_shot import zero_shot_classifier
 
 # %% ../../nbs/5_evaluation/04_prompts.ipynb #cd510bcc
 PLAIN = ['{}', 'a {}', 'a photo of a {}']
@@ -130,7 +131,7 @@ def text_classifier(
     if z is None and path and main: z = read_classifier(path)
     z = gather_objects(z)[0]  # all processes build one, or none
     built = z is None
-    if built: z = zero_shot_classifier(flip, tokenizer, class_names, templates).cpu()
+    if built: z = zero_shot_classifier(flip, tokenizer, class_names, templates, in_turns).cpu()
     if path and main and (built or not path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(dict(classifier=z.contiguous()), path.with_suffix('.part'),

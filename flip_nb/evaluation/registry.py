@@ -9,7 +9,7 @@ __all__ = ['METRICS', 'REGISTRY', 'A_PHOTO', 'Entry', 'register', 'shards_entry'
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from ..data.pairs import SPLITS
+from ..data.folders import SPLITS
 from .prompts import imagenet_names, imagenet_synsets
 
 # %% ../../nbs/5_evaluation/06_registry.ipynb #dfad53ed
