@@ -36,7 +36,9 @@ from .model import FLIP, FLIPConfig, load_weights, make_config
 from .evaluation.features import FeatureKind, class_numbers, extract_features, open_pictures
 from .evaluation.probe import wilson_interval
 from .loop import parameter_groups, scaled_lr, Stage
-from .evaluation.datasets import TestSet, classification_scores, need_labels, open_test_set, text_classifier
+from .evaluation.datasets import need_labels, open_test_set, TestSet
+from .evaluation.labels import classification_scores
+from .evaluation.prompts import text_classifier
 from .files import write_json
 from .scale.run import count_bad_steps, Progress
 from .loop import TrainingDiverged, diagnose, loss_backward, make_optimizer, towers, training_steps

@@ -24,10 +24,10 @@ def run_cells(seed):
     for cell in read_nb(ROOT/'nbs'/'00_one_page.ipynb').cells:
         if cell.cell_type != 'code': continue
         if 'results/one_page' in cell.source: break
-        found += cell.source.count('seed = 0\n')
-        exec(cell.source.replace('seed = 0\n', f'seed = {seed}\n'), names)
+        found += cell.source.count('seed = 0;')
+        exec(cell.source.replace('seed = 0;', f'seed = {seed};'), names)
         plt.close('all')
-    if found != 1: raise SystemExit(f"the notebook should set `seed = 0` once, but does so {found} times")
+    if found != 1: raise SystemExit(f"the notebook should set `seed = 0;` once, but does so {found} times")
     return names
 
 @call_parse
