@@ -97,6 +97,7 @@ def accepts(
     if isinstance(value, bool): return bool in plain
     return isinstance(value, plain) or (float in plain and isinstance(value, int))
 
+# %% ../../nbs/7_scale/03_options.ipynb #c1eac381
 def check_option(
     name:str, # Flat name
     f:dataclasses.Field, # Its field
@@ -232,6 +233,7 @@ def typed_names(
         names.add(name if name in known else name.removeprefix('no_'))
     return names & known.keys()
 
+# %% ../../nbs/7_scale/03_options.ipynb #e1acd515
 def command_line(
     Config:type, # Dataclass of options
     prog:str, # What is typed to start the command
