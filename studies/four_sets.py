@@ -39,7 +39,7 @@ def score(run, data):
     "Rows of `flip_nb.evaluate` for one run, and the seconds that they took."
     with tempfile.TemporaryDirectory() as tmp:
         common = dict(pictures=8, threads=1, features=f'{tmp}/features', quiet=True)
-        records = [evaluate(str(run), name, tasks, limit=limit, out=f'{tmp}/{i}', **common) for i,(name,(tasks,limit)) in enumerate(questions(data).items())]
+        records = [evaluate(str(run), data=name, tasks=tasks, limit=limit, out=f'{tmp}/{i}', **common) for i,(name,(tasks,limit)) in enumerate(questions(data).items())]
     return [row | dict(model=run.name) for r in records for row in r['rows']], sum(r['wall_seconds'] for r in records)
 
 def store(run, data, mask_ratio, seed, seconds, folder):

@@ -220,7 +220,7 @@ def patch_components(
     mask_ratios:list[float], # Fractions of patches to drop, each in [0, 1)
     seed:int=0, # Seed of the masks
 ) -> tuple[list[Tensor],Tensor]: # Per ratio components (B, N, 3), nan where dropped; shares (3,)
-    "Final patch tokens in the three main directions of the whole pictures."
+    "Final patch tokens in the three main directions of the whole images."
     noise,n = mask_noise(flip, len(images), seed),count_patches(flip)
     whole = look_inside(flip, images, 0., noise).tokens.flatten(0, 1)
     mean,components,share = principal_components(whole)

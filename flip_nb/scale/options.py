@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'source_comment', 'option', 'options_of', 'flatten', 'defaults', 'resumable', 'accepts', 'check_option',
-           'check', 'build', 'given', 'twin', 'read_config', 'split_words', 'typed_names', 'command_line',
+           'check', 'build', 'given', 'as_typed', 'twin', 'read_config', 'split_words', 'typed_names', 'command_line',
            'run_command']
 
 # %% ../../nbs/7_scale/03_options.ipynb #119be649
@@ -167,6 +167,14 @@ def given(
     return values, {k for k,v in values.items() if k not in usual or v != usual[k]} | options.keys()
 
 # %% ../../nbs/7_scale/03_options.ipynb #4fe63d38
+def as_typed(
+    kind, # Type of an option, such as `str|list[str]|None`
+): # The same without lists
+    "A list of Python is text with commas on the command line."
+    parts = typing.get_args(kind)
+    if str not in parts: return kind
+    return typing.Union[tuple(k for k in parts if typing.get_origin(k) is not list)]
+
 @cache
 def twin(
     Config:type, # Dataclass of options
@@ -181,6 +189,7 @@ def twin(
             continue
         hint = '' if f.default in (None, False, '', MISSING) else f'(default: {f.default})'
         if choices := f.metadata.get('choices'): kind = typing.Literal[*choices]
+        kind = as_typed(kind)
         arg = tyro.conf.arg(help=f.metadata.get('help', ''), help_behavior_hint=hint)
         kind = typing.Annotated[kind, arg]
         if f.metadata.get('positional'): kind = tyro.conf.Positional[kind]
@@ -204,6 +213,7 @@ def read_config(
         raise ValueError(f"--config {path} must hold lines such as `batch_size: 128`")
     values,groups,known = {},{f.name for f in fields(Config)},options_of(Config)
     for k,v in loaded.items(): values |= v if k in groups and isinstance(v, dict) else {k: v}
+    values = {k: ','.join(map(str, v)) if isinstance(v, list) else v for k,v in values.items()}
     for name,value in values.items():
         if name not in known:
             raise ValueError(f"--config {path}: no option {name!r}." + nearest(name, list(known)))
@@ -235,7 +245,7 @@ def typed_names(
         names.add(name if name in known else name.removeprefix('no_'))
     return names & known.keys()
 
-# %% ../../nbs/7_scale/03_options.ipynb #e1acd515
+# %% ../../nbs/7_scale/03_options.ipynb #c0ffee12
 def command_line(
     Config:type, # Dataclass of options
     prog:str, # What is typed to start the command
