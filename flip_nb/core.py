@@ -34,32 +34,28 @@ def nearest(
 
 # %% ../nbs/1_method/00_core.ipynb #9b40ae20
 def find_file(
-    # Local folder, or a repository on the Hugging Face hub such as 'user/name'
-    source:str|os.PathLike,
+    source:str|os.PathLike, # Folder, or a repository on the Hugging Face hub such as 'user/name'
     name:str, # File wanted, such as 'config.json'
     revision:str|None=None, # Branch, tag or commit of the repository; None: its newest state
 ) -> str: # Path of the file on this machine
     "Find a file in a folder or fetch it from the hub."
     if os.path.isdir(source):
         path = os.path.join(source, name)
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"{str(source)!r} has no {name}; its files: "
-                f"{', '.join(sorted(os.listdir(source))[:8]) or 'none'}")
-        return path
+        if os.path.isfile(path): return path
+        files = ', '.join(sorted(os.listdir(source))[:8]) or 'none'
+        raise ValueError(f"{str(source)!r} has no {name}; its files: {files}")
     parent,last = os.path.split(os.path.normpath(source))
     if os.path.isdir(parent):
-        raise ValueError(f"there is no folder {str(source)!r}." + nearest(last,
-                                                                          sorted(
-                                                                          os.listdir(parent))[:8]))
+        near = nearest(last, sorted(os.listdir(parent))[:8])
+        raise ValueError(f"there is no folder {str(source)!r}." + near)
     if not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', str(source)):
         raise ValueError(f"there is no folder {str(source)!r}")
     from huggingface_hub import hf_hub_download
     try: return hf_hub_download(str(source), name, revision=revision)
     except Exception as e:
-        raise ValueError(
-            f"{str(source)!r} is no local folder, and {name} could not be fetched from the "
-            f"Hugging Face hub: {type(e).__name__}, {str(e).splitlines()[0]:.150}") from e
+        reason = f"{type(e).__name__}, {str(e).splitlines()[0]:.150}"
+        raise ValueError(f"{str(source)!r} is no local folder, and {name} could not be fetched "
+                         f"from the Hugging Face hub: {reason}") from e
 
 # %% ../nbs/1_method/00_core.ipynb #dac901c2
 def set_style():
@@ -90,12 +86,11 @@ def show_images(
     import matplotlib.pyplot as plt
     nrows = -(-len(images)//ncols)
     ncols = min(ncols, len(images))
-    fig,axs = plt.subplots(nrows, ncols,
-                           figsize=(ncols*size,
-                                    nrows*(size + (0.25 if titles else 0))), squeeze=False)
+    figsize = ncols*size,nrows*(size + (0.25 if titles else 0))
+    fig,axs = plt.subplots(nrows, ncols, figsize=figsize, squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for i,(ax,im) in enumerate(zip(axs.flat, images)):
-        ax.imshow(im.permute(1, 2, 0).squeeze(-1).cpu(), vmin=0, vmax=None
-                  if im.dtype == torch.uint8 else 1, interpolation='nearest')
+        pixels,vmax = im.permute(1, 2, 0).squeeze(-1).cpu(),None if im.dtype == torch.uint8 else 1
+        ax.imshow(pixels, vmin=0, vmax=vmax, interpolation='nearest')
         if titles: ax.set_title(titles[i], fontsize=8)
     return fig

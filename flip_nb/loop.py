@@ -15,9 +15,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn, Tensor
-from .model import to_float
 from .loss import clamped_exp, info_nce
-from .model import FLIP
+from .model import FLIP, to_float
 
 # %% ../nbs/1_method/09_loop.ipynb #a1722e09
 @dataclass(frozen=True)
@@ -229,8 +228,8 @@ def describe_norms(
     norms:Tensor, # Gradient norms of the last step (K,)
 ) -> str: # One line
     "Temperature, and the gradient norm of each part."
-    text = 'gradient norms: ' + ', '.join(f'{name} {n:.3g}' for name,
-                                          n in zip(parts, norms.tolist()))
+    named = zip(parts, norms.tolist())
+    text = 'gradient norms: ' + ', '.join(f'{name} {n:.3g}' for name,n in named)
     if not hasattr(flip, 'logit_scale'): return text
     return f"temperature {1/clamped_exp(full(flip.logit_scale)).item():.4g}; {text}"
 

@@ -18,9 +18,8 @@ def patchify(
     B,C,H,W = images.shape
     P = patch_size
     if P < 1 or H % P or W % P:
-        raise ValueError(
-            f"image size {H}x{W} is not divisible by patch_size {P}; resize the images or choose "
-            f"another patch_size")
+        raise ValueError(f"image size {H}x{W} is not divisible by patch_size {P}; "
+                         "resize the images or choose another patch_size")
     x = images.reshape(B, C, H//P, P, W//P, P)               # (B, C, rows, P, cols, P)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C*P*P) # (B, N, C*P*P)
 
@@ -62,20 +61,16 @@ def random_mask(
     x:Tensor, # Tokens (B, N, D), without the class token
     mask_ratio:float=0.5, # Fraction of tokens to drop, in [0, 1)
     noise:Tensor|None=None, # One number per token (B, N), the smallest are kept; None draws U[0, 1)
-    # Random source on `x.device` for the draw; None uses the global one
-    generator:torch.Generator|None=None,
-    # Added to the noise, (B, N) or (N,); the larger, the sooner a token is dropped
-    bias:Tensor|None=None,
-) -> tuple[Tensor,
-           # Kept tokens (B, K, D) and their positions in `x` (B, K), both in shuffled order
-           Tensor]:
+    generator:torch.Generator|None=None, # Rng on `x.device` for the draw; None uses the global one
+    bias:Tensor|None=None, # Added to the noise, (B, N) or (N,); the larger, the sooner dropped
+) -> tuple[Tensor,Tensor]: # Kept tokens (B, K, D), their positions in `x` (B, K), both shuffled
     "Keep a different random subset of `K` tokens of every sample (Li et al. 2023, section 3.1)."
     B,N,_ = x.shape
     K = num_kept(N, mask_ratio)
     if noise is None: noise = torch.rand(B, N, device=x.device, generator=generator)  # (B, N)
     elif noise.shape != (B, N):
-        raise ValueError(
-            f"noise must have shape {(B, N)}, one number per token, got {tuple(noise.shape)}")
+        raise ValueError(f"noise must have shape {(B, N)}, one number per token, "
+                         f"got {tuple(noise.shape)}")
     if bias is not None: noise = noise + bias
     ids_keep = noise.argsort(dim=1, stable=True)[:, :K]      # (B, K)
     return take_tokens(x, ids_keep), ids_keep
@@ -98,12 +93,8 @@ def encoder_flops(
     embed_dim:int, # Encoder width, `D`
     depth:int, # Number of blocks
     mlp_ratio:float=4., # Hidden width of the MLP over `D`
-) -> dict[str,
-          # FLOPs of one forward pass of one sample: 'linear' (grows with tokens), 'attention' (with
-          # their square), 'total'
-          int]:
+) -> dict[str,int]: # FLOPs of one sample: 'linear' (in tokens), 'attention' (in squares), 'total'
     "Matrix-multiplication FLOPs of a transformer encoder; a multiply-add counts as two."
-    # qkv and output projection; two MLP layers
-    linear = depth * 2*num_tokens*embed_dim**2 * (4 + 2*mlp_ratio)
+    linear = depth * 2*num_tokens*embed_dim**2 * (4 + 2*mlp_ratio)    # qkv and projection; MLP
     attention = depth * 2*2*num_tokens**2*embed_dim  # scores, and the weighted sum of values
     return dict(linear=int(linear), attention=int(attention), total=int(linear + attention))

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'OFFICIAL_TEXT', 'PRESETS', 'CARD', 'colour_constants', 'to_float', 'FLIPConfig',
-           'make_config', 'preset_config', 'load_weights', 'model_card', 'FLIP']
+           'make_config', 'preset_config', 'FLIP', 'load_weights', 'model_card']
 
 # %% ../nbs/1_method/06_model.ipynb #7430af35
 import json, os
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 import torch
+from fastcore.basics import patch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin
 from torch import nn, Tensor
 from safetensors.torch import load_file, save_file
@@ -26,9 +27,7 @@ IMAGENET_MEAN,IMAGENET_STD = (0.485, 0.456, 0.406),(0.229, 0.224, 0.225)
 @cache
 def colour_constants(
     device:torch.device, # Where the images are
-) -> tuple[Tensor,
-           # 255 times ImageNet's mean, and one over 255 times its deviation, (3, 1, 1) each
-           Tensor]:
+) -> tuple[Tensor,Tensor]: # ImageNet's mean times 255, and 1/(255 deviations), (3, 1, 1) each
     "Made once for every device: a GPU would wait for each copy."
     mean,std = (255*torch.tensor(x, device=device).view(3, 1, 1)
                 for x in (IMAGENET_MEAN, IMAGENET_STD))
@@ -54,8 +53,7 @@ class FLIPConfig:
     image_heads:int = 3 # Attention heads of the image encoder
     image_pool:str = 'mean' # 'mean' of all tokens, class token included, or 'cls'
     image_pos:str = 'sincos' # Fixed 'sincos' or 'learned' positions
-    # Name of a timm VisionTransformer that replaces the image encoder above, all but `image_size`
-    timm_model:str|None = None
+    timm_model:str|None = None # timm VisionTransformer in place of the fields above but the first
     timm_args:dict|None = None # More arguments for `timm.create_model`, e.g. `dict(patch_size=8)`
     vocab_size:int = 30523 # Rows of the token embedding
     context_length:int = 32 # Most ids per caption
@@ -111,6 +109,87 @@ def preset_config(
         raise ValueError(f"there is no preset {name!r}." + nearest(name, list(PRESETS)))
     return make_config(PRESETS[name] | changes)
 
+# %% ../nbs/1_method/06_model.ipynb #afebb66f
+class FLIP(nn.Module, ModelHubMixin):
+    "Image tower and text tower with one shared, unit-length embedding space."
+    def __init__(self,
+        config:FLIPConfig, # Sizes and switches
+    ):
+        super().__init__()
+        self.config = c = config
+        self.tokenizer = None    # `CaptionTokenizer`, saved with the model
+        if c.timm_model:
+            self.image_encoder = TimmImageEncoder(c.timm_model, img_size=c.image_size,
+                                                  **(c.timm_args or {}))
+        else:
+            self.image_encoder = ImageEncoder(c.image_size, c.patch_size, c.image_width,
+                c.image_depth, c.image_heads, c.mlp_ratio, c.image_pool, c.image_pos)
+        self.text_encoder = TextEncoder(c.vocab_size, c.context_length, c.text_width, c.text_depth,
+                                        c.text_heads, c.mlp_ratio, c.text_pool, c.padding_mask)
+        self.image_proj = nn.Linear(self.image_encoder.embed_dim, c.embed_dim, bias=False)
+        self.text_proj = nn.Linear(c.text_width, c.embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor([INIT_LOGIT_SCALE]))
+        self.image_proj.apply(init_linear); self.text_proj.apply(init_linear)
+
+    @classmethod
+    def from_preset(cls,
+        name:str, # One of `PRESETS`
+        **changes, # Fields of `FLIPConfig` that differ from the preset
+    ) -> 'FLIP': # Freshly initialised model
+        "Build a model by name."
+        return cls(preset_config(name, **changes))
+
+    @property
+    def num_patches(self) -> int: # Patches of a whole image, `N`, which masking chooses from
+        "Columns of the noise for the image tower."
+        if self.config.timm_model: return self.image_encoder.vit.patch_embed.num_patches
+        return (self.config.image_size//self.config.patch_size)**2
+
+# %% ../nbs/1_method/06_model.ipynb #b2c0de02
+@patch
+def encode_image(self:FLIP,
+    images:Tensor, # Normalised images (B, 3, H, W)
+    mask_ratio:float=0., # Fraction of patches to drop, in [0, 1); 0 encodes whole images
+    noise:Tensor|None=None, # One number per patch (B, N), the smallest are kept; None draws it
+) -> Tensor: # Unit-length embeddings (B, E)
+    "Embed images."
+    return normalize(self.image_proj(self.image_encoder(images, mask_ratio, noise)))
+
+@patch
+def encode_text(self:FLIP,
+    ids:Tensor, # Token ids (B, L)
+    mask_ratio:float=0., # Fraction of text tokens to drop, in [0, 1)
+    mask_order:str='random', # 'random' or 'padding_first'
+    noise:Tensor|None=None, # One number per token (B, L), the smallest are kept; None draws it
+) -> Tensor: # Unit-length embeddings (B, E)
+    "Embed captions."
+    return normalize(self.text_proj(self.text_encoder(ids, mask_ratio, mask_order, noise)))
+
+# %% ../nbs/1_method/06_model.ipynb #b2c0de04
+@patch
+def forward(self:FLIP,
+    images:Tensor, # Normalised images (B, 3, H, W)
+    ids:Tensor, # Token ids (B, L), row i belongs to image i
+    mask_ratio:float=0., # Fraction of image patches to drop
+    text_mask_ratio:float=0., # Fraction of text tokens to drop
+    text_mask_order:str='random', # 'random' or 'padding_first'
+    image_noise:Tensor|None=None, # One number per patch (B, N), the smallest are kept; None draws
+    text_noise:Tensor|None=None, # One number per token (B, L), the smallest are kept; None draws
+) -> tuple[Tensor,Tensor,Tensor]: # Image and text embeddings (B, E), factor on similarities (1,)
+    "All that the loss needs."
+    image_features = self.encode_image(images, mask_ratio, image_noise)
+    text_features = self.encode_text(ids, text_mask_ratio, text_mask_order, text_noise)
+    return image_features, text_features, clamped_exp(self.logit_scale)
+
+@patch
+def logits(self:FLIP,
+    images:Tensor, # Normalised images (B, 3, H, W)
+    ids:Tensor, # Token ids (T, L)
+) -> Tensor: # Scaled similarities (B, T): softmax over T says which caption fits
+    "Compare whole images with captions."
+    image_features,text_features,scale = self(images, ids)
+    return scale * image_features @ text_features.T
+
 # %% ../nbs/1_method/06_model.ipynb #5348f8f6
 def load_weights(
     model:nn.Module, # Receives the weights
@@ -120,16 +199,15 @@ def load_weights(
     file = os.path.basename(path)
     try: weights = load_file(path)
     except Exception as e:
-        raise ValueError(
-            f"{str(path)!r} cannot be read as safetensors, perhaps it was cut short: {e}") from e
+        raise ValueError(f"{str(path)!r} cannot be read as safetensors, "
+                         f"perhaps it was cut short: {e}") from e
     for name,w in model.state_dict().items():
         if name not in weights:
             raise ValueError(f"{file} does not fit the config: it has no tensor {name!r}")
         found,wanted = tuple(weights[name].shape),tuple(w.shape)
         if found != wanted:
-            raise ValueError(
-                f"{file} does not fit the config: {name!r} has shape {found} in the file, but the "
-                f"config asks for {wanted}")
+            raise ValueError(f"{file} does not fit the config: {name!r} has shape {found} "
+                             f"in the file, but the config asks for {wanted}")
     if extra := sorted(weights.keys() - model.state_dict().keys()):
         raise ValueError(f"{file} does not fit the config: the model has no place for {extra[0]!r}")
     model.load_state_dict(weights)
@@ -141,8 +219,9 @@ A [FLIP](https://arxiv.org/abs/2212.00794) model: CLIP, trained on images of whi
 were dropped. Use it with `flip_nb`:
 
 ```python
+import flip_nb
 
-model = FLIP.from_pretrained('this folder, or its name on the hub')
+model = flip_nb.FLIP.from_pretrained('this folder, or its name on the hub')
 # images: normalised, (B, 3, {config.image_size}, {config.image_size})
 logits = model.logits(images, model.tokenizer(['a photo of a dog', 'a photo of a cat']))
 ```
@@ -171,13 +250,14 @@ def model_card(
     origin:str|None=None, # Where the weights come from
 ) -> ModelCard: # Card with metadata
     "Describe a model for the people who get it."
-    scores = [EvalResult('zero-shot-image-classification', data or 'unknown', data or 'unknown', k,
-                         v) for k,v in (metrics or {}).items()]
+    metrics,known = metrics or {},data or 'unknown'
+    scores = [EvalResult('zero-shot-image-classification', known, known, k, v)
+              for k,v in metrics.items()]
     meta = ModelCardData(license=license, library_name='flip_nb',
                          pipeline_tag='zero-shot-image-classification', tags=['clip', 'flip'],
                          model_name='FLIP', eval_results=scores or None)
-    rows = ['| score | value |', '| --- | --- |'] + [f'| {k} | {v:.1%} |' for k,
-                                                     v in (metrics or {}).items()]
+    rows = ['| score | value |', '| --- | --- |']
+    rows += [f'| {k} | {v:.1%} |' for k,v in metrics.items()]
     text = CARD.format(config=config, data=data or 'not stated',
                        origin=origin or 'trained with flip_nb',
                        license=license or 'not stated; choose one before you publish',
@@ -185,132 +265,51 @@ def model_card(
                        fields='\n'.join(f'| {k} | {v} |' for k,v in asdict(config).items()))
     return ModelCard(f'---\n{meta.to_yaml()}\n---\n\n{text}')
 
-# %% ../nbs/1_method/06_model.ipynb #afebb66f
-class FLIP(nn.Module, ModelHubMixin):
-    "Image tower and text tower with one shared, unit-length embedding space."
-    def __init__(self,
-        config:FLIPConfig, # Sizes and switches
-    ):
-        super().__init__()
-        self.config = c = config
-        # `CaptionTokenizer`, saved with the model
-        self.tokenizer = None
-        self.image_encoder = TimmImageEncoder(c.timm_model, img_size=c.image_size,
-                                              **(c.timm_args or {})) if c.timm_model else ImageEncoder(
-            c.image_size, c.patch_size, c.image_width, c.image_depth, c.image_heads, c.mlp_ratio,
-            c.image_pool, c.image_pos)
-        self.text_encoder = TextEncoder(
-            c.vocab_size, c.context_length, c.text_width, c.text_depth, c.text_heads, c.mlp_ratio,
-            c.text_pool, c.padding_mask)
-        self.image_proj = nn.Linear(self.image_encoder.embed_dim, c.embed_dim, bias=False)
-        self.text_proj = nn.Linear(c.text_width, c.embed_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor([INIT_LOGIT_SCALE]))
-        self.image_proj.apply(init_linear); self.text_proj.apply(init_linear)
+# %% ../nbs/1_method/06_model.ipynb #b2c0de06
+@patch
+def generate_model_card(self:FLIP,
+    **kwargs # Arguments of `model_card`
+) -> ModelCard: # Card made by `model_card`
+    "The card that `save_pretrained` and `push_to_hub` write."
+    return model_card(self.config, **kwargs)
 
-    @property
-    # Patches of a whole image, `N`; noise for the image tower has so many columns
-    def num_patches(self) -> int:
-        "Tokens that masking chooses from."
-        if self.config.timm_model: return self.image_encoder.vit.patch_embed.num_patches
-        return (self.config.image_size//self.config.patch_size)**2
+@patch
+def save_pretrained(self:FLIP,
+    folder:str|os.PathLike, # Gets weights, config, tokenizer if any, and a card where there is none
+    model_card_kwargs:dict|None=None, # Arguments of `model_card`
+    **_, # What `push_to_hub` passes on besides
+):
+    "Save weights and config; a save that is interrupted leaves the old files whole."
+    os.makedirs(folder, exist_ok=True)
+    weights,config,card = (os.path.join(folder, f)
+                           for f in ('model.safetensors', 'config.json', 'README.md'))
+    save_file({k: v.contiguous() for k,v in self.state_dict().items()}, weights + '.part')
+    with open(config + '.part', 'w') as f: json.dump(asdict(self.config), f, indent=2)
+    for path in (weights, config): os.replace(path + '.part', path)
+    if self.tokenizer: self.tokenizer.save(folder)
+    if model_card_kwargs or not os.path.exists(card):
+        self.generate_model_card(**(model_card_kwargs or {})).save(card)
 
-    @classmethod
-    def from_preset(cls,
-        name:str, # One of `PRESETS`
-        **changes, # Fields of `FLIPConfig` that differ from the preset
-    ) -> 'FLIP': # Freshly initialised model
-        "Build a model by name."
-        return cls(preset_config(name, **changes))
-
-    def encode_image(self,
-        images:Tensor, # Normalised images (B, 3, H, W)
-        mask_ratio:float=0., # Fraction of patches to drop, in [0, 1); 0 encodes whole images
-        noise:Tensor|None=None, # One number per patch (B, N), the smallest are kept; None draws it
-    ) -> Tensor: # Unit-length embeddings (B, E)
-        "Embed images."
-        return normalize(self.image_proj(self.image_encoder(images, mask_ratio, noise)))
-
-    def encode_text(self,
-        ids:Tensor, # Token ids (B, L)
-        mask_ratio:float=0., # Fraction of text tokens to drop, in [0, 1)
-        mask_order:str='random', # 'random' or 'padding_first'
-        noise:Tensor|None=None, # One number per token (B, L), the smallest are kept; None draws it
-    ) -> Tensor: # Unit-length embeddings (B, E)
-        "Embed captions."
-        return normalize(self.text_proj(self.text_encoder(ids, mask_ratio, mask_order, noise)))
-
-    def forward(self,
-        images:Tensor, # Normalised images (B, 3, H, W)
-        ids:Tensor, # Token ids (B, L), row i belongs to image i
-        mask_ratio:float=0., # Fraction of image patches to drop
-        text_mask_ratio:float=0., # Fraction of text tokens to drop
-        text_mask_order:str='random', # 'random' or 'padding_first'
-        # One number per patch (B, N), the smallest are kept; None draws it
-        image_noise:Tensor|None=None,
-        # One number per token (B, L), the smallest are kept; None draws it
-        text_noise:Tensor|None=None,
-    ) -> tuple[Tensor,Tensor,
-               # Image embeddings (B, E), text embeddings (B, E), factor on their similarities (1,)
-               Tensor]:
-        "All that the loss needs."
-        image_features = self.encode_image(images, mask_ratio, image_noise)
-        return image_features, self.encode_text(ids, text_mask_ratio, text_mask_order,
-                                                text_noise), clamped_exp(self.logit_scale)
-
-    def logits(self,
-        images:Tensor, # Normalised images (B, 3, H, W)
-        ids:Tensor, # Token ids (T, L)
-    ) -> Tensor: # Scaled similarities (B, T): softmax over T says which caption fits
-        "Compare whole images with captions."
-        image_features,text_features,scale = self(images, ids)
-        return scale * image_features @ text_features.T
-
-    def save_pretrained(self,
-        # Gets `model.safetensors`, `config.json`, the tokenizer where there is one, and a model
-        # card where there is none
-        folder:str|os.PathLike,
-        model_card_kwargs:dict|None=None, # Arguments of `model_card`
-        **_, # What `push_to_hub` passes on besides
-    ):
-        "Save weights and config; a save that is interrupted leaves the old files whole."
-        os.makedirs(folder, exist_ok=True)
-        weights,config,card = (os.path.join(folder, f)
-                               for f in ('model.safetensors', 'config.json', 'README.md'))
-        save_file({k: v.contiguous() for k,v in self.state_dict().items()}, weights + '.part')
-        with open(config + '.part', 'w') as f: json.dump(asdict(self.config), f, indent=2)
-        for path in (weights, config): os.replace(path + '.part', path)
-        if self.tokenizer: self.tokenizer.save(folder)
-        if model_card_kwargs or not os.path.exists(card):
-            self.generate_model_card(**(model_card_kwargs or {})).save(card)
-
-    # Card made by `model_card` from these arguments
-    def generate_model_card(self, **kwargs) -> ModelCard:
-        "The card that `save_pretrained` and `push_to_hub` write."
-        return model_card(self.config, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls,
-        # Folder written by `save_pretrained`, such as a run folder, or a repository on the Hugging
-        # Face hub
-        name_or_folder:str|os.PathLike,
-        revision:str|None=None, # Branch, tag or commit of the repository; None: its newest state
-    ) -> 'FLIP': # Model in evaluation mode, with its tokenizer where there is one
-        "Load weights, config and tokenizer."
-        if name_or_folder in PRESETS and not os.path.isdir(name_or_folder):
-            raise ValueError(
-                f"there is no folder {name_or_folder!r}; a fresh model comes from "
-                f"FLIP.from_preset({name_or_folder!r})")
-        path = find_file(name_or_folder, 'config.json', revision)
-        try:
-            with open(path) as f: values = json.load(f)
-        except ValueError as e: raise ValueError(f"{str(path)!r} is not JSON: {e}") from e
-        config = make_config(values)
-        # the weights are in the folder
-        if config.timm_args: config.timm_args = config.timm_args | dict(pretrained=False)
-        model = cls(config)
-        load_weights(model, find_file(name_or_folder, 'model.safetensors', revision))
-        try: path = find_file(name_or_folder, 'tokenizer.json', revision)
-        except ValueError:
-            return model.eval()                                             # a model alone
-        model.tokenizer = CaptionTokenizer.from_file(path)
-        return model.eval()
+# %% ../nbs/1_method/06_model.ipynb #b2c0de07
+@patch(cls_method=True)
+def from_pretrained(cls:FLIP,
+    name_or_folder:str|os.PathLike, # Folder of `save_pretrained`, or a repository on the hub
+    revision:str|None=None, # Branch, tag or commit of the repository; None: its newest state
+) -> FLIP: # Model in evaluation mode, with its tokenizer where there is one
+    "Load weights, config and tokenizer."
+    if name_or_folder in PRESETS and not os.path.isdir(name_or_folder):
+        raise ValueError(f"there is no folder {name_or_folder!r}; a fresh model comes from "
+                         f"FLIP.from_preset({name_or_folder!r})")
+    path = find_file(name_or_folder, 'config.json', revision)
+    try:
+        with open(path) as f: values = json.load(f)
+    except ValueError as e: raise ValueError(f"{str(path)!r} is not JSON: {e}") from e
+    config = make_config(values)
+    # the weights are in the folder: timm need not fetch any
+    if config.timm_args: config.timm_args = config.timm_args | dict(pretrained=False)
+    model = cls(config)
+    load_weights(model, find_file(name_or_folder, 'model.safetensors', revision))
+    try: path = find_file(name_or_folder, 'tokenizer.json', revision)
+    except ValueError: return model.eval()    # a model alone
+    model.tokenizer = CaptionTokenizer.from_file(path)
+    return model.eval()

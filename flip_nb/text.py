@@ -10,6 +10,7 @@ __all__ = ['PAD_ID', 'SPECIAL_TOKENS', 'caption_normalizer', 'caption_list', 'Ca
 import os
 from collections.abc import Iterable
 import torch
+from fastcore.basics import patch
 from torch import nn, Tensor
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from .core import find_file
@@ -48,84 +49,17 @@ class CaptionTokenizer:
         cls_token:bool=False, # Put '[CLS]' in front of every caption; the official code does not
     ):
         if vocab.get('[PAD]') != PAD_ID or not {'[UNK]', '[CLS]'} <= vocab.keys():
-            raise ValueError(
-                "the vocabulary needs '[PAD]' as id 0, '[UNK]' and '[CLS]'; is this a WordPiece "
-                "vocabulary, one piece a line?")
+            raise ValueError("the vocabulary needs '[PAD]' as id 0, '[UNK]' and '[CLS]'; "
+                             "is this a WordPiece vocabulary, one piece a line?")
         if context_length < 1:
             raise ValueError(f"context_length must be at least 1, got {context_length}")
-        tok = Tokenizer(models.WordPiece(vocab, unk_token='[UNK]'))
+        self.tok = tok = Tokenizer(models.WordPiece(vocab, unk_token='[UNK]'))
         tok.normalizer,tok.pre_tokenizer = caption_normalizer(),pre_tokenizers.BertPreTokenizer()
         if cls_token:
-            tok.post_processor = processors.TemplateProcessing(single='[CLS] $A',
-                                                               special_tokens=[('[CLS]',
-                                                                                vocab['[CLS]'])])
+            tok.post_processor = processors.TemplateProcessing(
+                single='[CLS] $A', special_tokens=[('[CLS]', vocab['[CLS]'])])
         tok.enable_truncation(context_length)
         tok.enable_padding(length=context_length, pad_id=PAD_ID, pad_token='[PAD]')
-        self.tok = tok
-
-    @classmethod
-    def train(cls,
-        captions:Iterable[str], # Corpus, one caption each
-        # Most pieces to learn, special tokens included; single letters are kept even beyond it
-        vocab_size:int=4096,
-        context_length:int=32, # Ids per caption, `L` >= 1
-    ) -> 'CaptionTokenizer': # Tokenizer whose ids depend on the captions alone
-        "Learn WordPiece pieces from captions."
-        captions = caption_list(captions)
-        if not captions: raise ValueError("there are no captions to learn pieces from")
-        def learn(size, first):
-            tok = cls({t:i for i,t in enumerate(SPECIAL_TOKENS)}).tok
-            tok.train_from_iterator(captions,
-                                    trainers.WordPieceTrainer(vocab_size=size, special_tokens=first,
-                                                              show_progress=False))
-            return sorted(set(tok.get_vocab()) - set(SPECIAL_TOKENS))
-        # their order breaks ties, so it must not be left to chance
-        letters = learn(0, SPECIAL_TOKENS)
-        pieces = SPECIAL_TOKENS + learn(vocab_size, SPECIAL_TOKENS + letters)
-        return cls({p:i for i,p in enumerate(pieces)}, context_length)
-
-    @classmethod
-    def from_vocab(cls,
-        path:str|os.PathLike, # Text file with one piece a line, such as BERT's vocab.txt
-        **kwargs, # `context_length`, `cls_token`
-    ) -> 'CaptionTokenizer': # Tokenizer with the ids of the file
-        "Read a WordPiece vocabulary."
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"there is no vocabulary file at {str(path)!r}; it is a text file with one piece "
-                f"a line, such as BERT's vocab.txt")
-        try:
-            with open(path, encoding='utf8') as f:
-                vocab = {line.rstrip('\n'):i for i,line in enumerate(f)}
-        except UnicodeDecodeError as e:
-            raise ValueError(
-                f"{str(path)!r} is not a text file; a vocabulary has one piece a line") from e
-        return cls(vocab, **kwargs)
-
-    @classmethod
-    def from_file(cls,
-        # `tokenizer.json`, the folder that holds it, or a repository on the Hugging Face hub
-        path:str|os.PathLike,
-    ) -> 'CaptionTokenizer': # The tokenizer that was saved
-        "Load a saved tokenizer."
-        if not os.path.isfile(path): path = find_file(path, 'tokenizer.json')
-        self = cls.__new__(cls)
-        try: self.tok = Tokenizer.from_file(str(path))
-        except Exception as e:
-            raise ValueError(f"{str(path)!r} is not a saved tokenizer: {e}") from e
-        if not self.tok.truncation or not self.tok.padding or self.tok.token_to_id(
-            '[PAD]') != PAD_ID:
-            raise ValueError(
-                f"{str(path)!r} was not saved by CaptionTokenizer: it needs a fixed length and "
-                f"'[PAD]' as id 0")
-        return self
-
-    def save(self,
-        folder:str|os.PathLike, # Folder that gets `tokenizer.json`; made if missing
-    ):
-        "Save beside the model."
-        os.makedirs(folder, exist_ok=True)
-        self.tok.save(os.path.join(folder, 'tokenizer.json'))
 
     @property
     def vocab_size(self) -> int: # Largest id plus one
@@ -137,23 +71,82 @@ class CaptionTokenizer:
         "Length that captions are cut or padded to."
         return self.tok.truncation['max_length']
 
-    def __call__(self,
-        captions:str|Iterable[str], # One caption or several
-        # Cut the batch to its longest caption; changes nothing where padding is masked
-        trim:bool=False,
-    ) -> Tensor: # Ids (B, L), padded with 0
-        "Turn captions into ids."
-        encoded = self.tok.encode_batch(caption_list(captions))
-        # (B, L)
-        ids = torch.tensor([e.ids for e in encoded], dtype=torch.long).view(len(encoded),
-                                                                            self.context_length)
-        return ids[:, :max(1, int((ids != PAD_ID).any(0).sum()))] if trim else ids
+# %% ../nbs/1_method/04_text.ipynb #a1c0de01
+@patch
+def __call__(self:CaptionTokenizer,
+    captions:str|Iterable[str], # One caption or several
+    trim:bool=False, # Cut the batch to its longest caption; no change where padding is masked
+) -> Tensor: # Ids (B, L), padded with 0
+    "Turn captions into ids."
+    rows = [e.ids for e in self.tok.encode_batch(caption_list(captions))]
+    ids = torch.tensor(rows, dtype=torch.long).view(len(rows), self.context_length)    # (B, L)
+    return ids[:, :max(1, int((ids != PAD_ID).any(0).sum()))] if trim else ids
 
-    def decode(self,
-        ids:Tensor, # Ids of one caption (L,)
-    ) -> list[str]: # Its pieces, padding left out
-        "Show which pieces a caption became."
-        return [self.tok.id_to_token(int(i)) for i in ids if i != PAD_ID]
+@patch
+def decode(self:CaptionTokenizer,
+    ids:Tensor, # Ids of one caption (L,)
+) -> list[str]: # Its pieces, padding left out
+    "Show which pieces a caption became."
+    return [self.tok.id_to_token(int(i)) for i in ids if i != PAD_ID]
+
+# %% ../nbs/1_method/04_text.ipynb #a1c0de02
+@patch(cls_method=True)
+def train(cls:CaptionTokenizer,
+    captions:Iterable[str], # Corpus, one caption each
+    vocab_size:int=4096, # Most pieces, special tokens included; single letters are always kept
+    context_length:int=32, # Ids per caption, `L` >= 1
+) -> CaptionTokenizer: # Tokenizer whose ids depend on the captions alone
+    "Learn WordPiece pieces from captions."
+    captions = caption_list(captions)
+    if not captions: raise ValueError("there are no captions to learn pieces from")
+    def learn(size, first):
+        tok = cls({t: i for i,t in enumerate(SPECIAL_TOKENS)}).tok
+        tok.train_from_iterator(captions, trainers.WordPieceTrainer(
+            vocab_size=size, special_tokens=first, show_progress=False))
+        return sorted(set(tok.get_vocab()) - set(SPECIAL_TOKENS))
+    letters = learn(0, SPECIAL_TOKENS)    # their order breaks ties
+    pieces = SPECIAL_TOKENS + learn(vocab_size, SPECIAL_TOKENS + letters)
+    return cls({p: i for i,p in enumerate(pieces)}, context_length)
+
+# %% ../nbs/1_method/04_text.ipynb #a1c0de03
+@patch(cls_method=True)
+def from_vocab(cls:CaptionTokenizer,
+    path:str|os.PathLike, # Text file with one piece a line, such as BERT's vocab.txt
+    **kwargs, # `context_length`, `cls_token`
+) -> CaptionTokenizer: # Tokenizer with the ids of the file
+    "Read a WordPiece vocabulary."
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no vocabulary file at {str(path)!r}; it is a text file "
+                         "with one piece a line, such as BERT's vocab.txt")
+    try:
+        with open(path, encoding='utf8') as f: lines = f.readlines()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{str(path)!r} is not a text file; "
+                         "a vocabulary has one piece a line") from e
+    return cls({line.rstrip('\n'): i for i,line in enumerate(lines)}, **kwargs)
+
+# %% ../nbs/1_method/04_text.ipynb #a1c0de04
+@patch
+def save(self:CaptionTokenizer,
+    folder:str|os.PathLike, # Folder that gets `tokenizer.json`; made if missing
+):
+    "Save beside the model."
+    os.makedirs(folder, exist_ok=True)
+    self.tok.save(os.path.join(folder, 'tokenizer.json'))
+
+@patch(cls_method=True)
+def from_file(cls:CaptionTokenizer,
+    path:str|os.PathLike, # `tokenizer.json`, its folder, or a repository on the Hugging Face hub
+) -> CaptionTokenizer: # The tokenizer that was saved
+    "Load a saved tokenizer."
+    if not os.path.isfile(path): path = find_file(path, 'tokenizer.json')
+    self = cls.__new__(cls)
+    try: self.tok = tok = Tokenizer.from_file(str(path))
+    except Exception as e: raise ValueError(f"{str(path)!r} is not a saved tokenizer: {e}") from e
+    if not tok.truncation or not tok.padding or tok.token_to_id('[PAD]') != PAD_ID:
+        raise ValueError(f"{str(path)!r} was not saved by CaptionTokenizer: "
+                         "it needs a fixed length and '[PAD]' as id 0")
+    return self
 
 # %% ../nbs/1_method/04_text.ipynb #ad8b1d83
 def valid_tokens(
@@ -178,18 +171,13 @@ def mask_text(
     valid:Tensor, # True for real tokens (B, L)
     mask_ratio:float, # Fraction of tokens to drop, in [0, 1)
     order:str='random', # 'random': any token; 'padding_first': padding goes before text
-    # Never drop position 0, and put it first (needed where it is the feature)
-    keep_first:bool=False,
-    # One number in [0, 1) per token (B, L), the smallest are kept; None draws it
-    noise:Tensor|None=None,
-) -> tuple[Tensor,
-           # Kept tokens (B, K, D) and which of them are real (B, K); one at least counts as real
-           Tensor]:
+    keep_first:bool=False, # Never drop position 0, and put it first; needed if it is the feature
+    noise:Tensor|None=None, # One number in [0, 1) per token (B, L), the smallest stay; None draws
+) -> tuple[Tensor,Tensor]: # Kept tokens (B, K, D), and which are real (B, K), one at least
     "Drop text tokens (Li et al. 2023, table 1c)."
     if order not in ('random', 'padding_first'):
         raise ValueError(f"order must be 'random' or 'padding_first', got {order!r}")
-    bias = (~valid).float() if order == 'padding_first' else torch.zeros_like(valid,
-                                                                              dtype=torch.float)
+    bias = (~valid if order == 'padding_first' else torch.zeros_like(valid)).float()
     if keep_first: bias[:, 0] = -1.
     x,ids_keep = random_mask(x, mask_ratio, noise, bias=bias)
     valid = valid.gather(1, ids_keep)                                   # (B, K)
@@ -219,23 +207,6 @@ class TextEncoder(nn.Module):
         self.pos_embed = nn.Parameter(torch.randn(1, context_length, embed_dim)*0.02)
         self.transformer = Transformer(embed_dim, depth, num_heads, mlp_ratio)
 
-    def forward(self,
-        ids:Tensor, # Ids (B, L), 0 is padding, L at most `context_length`
-        mask_ratio:float=0., # Fraction of tokens to drop, in [0, 1)
-        mask_order:str='random', # 'random' or 'padding_first'
-        # One number in [0, 1) per token (B, L), the smallest are kept; None draws it
-        noise:Tensor|None=None,
-    ) -> Tensor: # One feature per caption (B, D)
-        "Encode captions and pool them."
-        if ids.shape[1] > self.context_length:
-            raise ValueError(
-                f"captions have {ids.shape[1]} ids, more than context_length {self.context_length}")
-        x = self.token_embed(ids) + self.pos_embed[:, :ids.shape[1]]    # (B, L, D)
-        valid = valid_tokens(ids)                                       # (B, L)
-        if mask_ratio or noise is not None:
-            x,valid = mask_text(x, valid, mask_ratio, mask_order, self.pool == 'first', noise)
-        return self.encode(x, valid)
-
     def encode(self,
         x:Tensor, # Tokens (B, K, D)
         valid:Tensor, # True for real tokens (B, K)
@@ -243,3 +214,20 @@ class TextEncoder(nn.Module):
         "Transform embedded tokens and pool them."
         x = self.transformer(x, valid if self.padding_mask else None)   # (B, K, D)
         return x[:, 0] if self.pool == 'first' else mean_valid(x, valid)
+
+# %% ../nbs/1_method/04_text.ipynb #a1c0de05
+@patch
+def forward(self:TextEncoder,
+    ids:Tensor, # Ids (B, L), 0 is padding, L at most `context_length`
+    mask_ratio:float=0., # Fraction of tokens to drop, in [0, 1)
+    mask_order:str='random', # 'random' or 'padding_first'
+    noise:Tensor|None=None, # One number in [0, 1) per token (B, L), the smallest stay; None draws
+) -> Tensor: # One feature per caption (B, D)
+    "Encode captions and pool them."
+    L = ids.shape[1]
+    if L > self.context_length:
+        raise ValueError(f"captions have {L} ids, more than context_length {self.context_length}")
+    x,valid = self.token_embed(ids) + self.pos_embed[:, :L],valid_tokens(ids)    # (B, L, D), (B, L)
+    if mask_ratio or noise is not None:
+        x,valid = mask_text(x, valid, mask_ratio, mask_order, self.pool == 'first', noise)
+    return self.encode(x, valid)

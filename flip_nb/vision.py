@@ -8,6 +8,7 @@ __all__ = ['TIMM_VIT_MODULES', 'pool_tokens', 'check_images', 'ImageEncoder', 'M
 # %% ../nbs/1_method/03_vision.ipynb #b9960137
 import difflib
 import torch
+from fastcore.basics import patch
 from torch import nn, Tensor
 from .masking import patchify, random_mask, take_tokens
 from .transformer import Transformer, init_linear, sincos_2d
@@ -48,8 +49,7 @@ class ImageEncoder(nn.Module):
         depth:int=3, # Number of blocks
         num_heads:int=3, # Number of attention heads
         mlp_ratio:float=4., # Hidden width of the MLPs over `D`
-        # Feature: 'mean' of all tokens, class token included (official), or the 'cls' token
-        pool:str='mean',
+        pool:str='mean', # Feature: 'mean' of all tokens, class token too (official), or the 'cls'
         pos:str='sincos', # Positions: fixed 'sincos' (official) or 'learned'
     ):
         super().__init__()
@@ -60,39 +60,42 @@ class ImageEncoder(nn.Module):
         if pos not in ('sincos', 'learned'):
             raise ValueError(f"pos must be 'sincos' or 'learned', got {pos!r}")
         self.image_size,self.patch_size = image_size,patch_size
-        self.embed_dim,self.pool = embed_dim,pool
-        grid = image_size//patch_size
+        self.embed_dim,self.pool,grid = embed_dim,pool,image_size//patch_size
         self.patch_embed = nn.Linear(3*patch_size**2, embed_dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim)*0.02)
-        if pos == 'sincos':
-            self.register_buffer('pos_embed', sincos_2d((grid, grid), embed_dim)[None],
-                                 persistent=False)
-        else: self.pos_embed = nn.Parameter(torch.randn(1, grid**2, embed_dim)*0.02)
+        if pos == 'learned':
+            self.pos_embed = nn.Parameter(torch.randn(1, grid**2, embed_dim)*0.02)
+        else:
+            fixed = sincos_2d((grid, grid), embed_dim)[None]               # (1, N, D)
+            self.register_buffer('pos_embed', fixed, persistent=False)
         self.transformer = Transformer(embed_dim, depth, num_heads, mlp_ratio)
         self.patch_embed.apply(init_linear)
 
-    def embed(self,
-        images:Tensor, # Normalised images (B, 3, H, W)
-        mask_ratio:float=0., # Fraction of patches to drop, in [0, 1)
-        noise:Tensor|None=None, # One number per patch (B, N), the smallest are kept; None draws it
-    ) -> Tensor: # Class token and kept patches, embedded and placed (B, 1+K, D)
-        "Cut, mask, and only then embed: dropped patches cost nothing."
-        check_images(images, (self.image_size, self.image_size))
-        # (B, N, 3*P*P), (1, N, D)
-        x,pos = patchify(images, self.patch_size).to(self.patch_embed.weight.dtype),self.pos_embed
-        if mask_ratio or noise is not None:
-            x,ids_keep = random_mask(x, mask_ratio, noise)             # (B, K, 3*P*P)
-            pos = self.pos_embed[0][ids_keep]                          # (B, K, D)
-        x = self.patch_embed(x) + pos                                  # (B, K, D)
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+# %% ../nbs/1_method/03_vision.ipynb #d4c0de01
+@patch
+def embed(self:ImageEncoder,
+    images:Tensor, # Normalised images (B, 3, H, W)
+    mask_ratio:float=0., # Fraction of patches to drop, in [0, 1)
+    noise:Tensor|None=None, # One number per patch (B, N), the smallest are kept; None draws it
+) -> Tensor: # Class token and kept patches, embedded and placed (B, 1+K, D)
+    "Cut, mask, and only then embed: dropped patches cost nothing."
+    check_images(images, (self.image_size, self.image_size))
+    x = patchify(images, self.patch_size).to(self.patch_embed.weight.dtype)    # (B, N, 3*P*P)
+    pos = self.pos_embed                                                       # (1, N, D)
+    if mask_ratio or noise is not None:
+        x,ids_keep = random_mask(x, mask_ratio, noise)                         # (B, K, 3*P*P)
+        pos = pos[0][ids_keep]                                                 # (B, K, D)
+    x = self.patch_embed(x) + pos                                              # (B, K, D)
+    return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
 
-    def forward(self,
-        images:Tensor, # Normalised images (B, 3, H, W)
-        mask_ratio:float=0., # Fraction of patches to drop, in [0, 1); 0 encodes the whole image
-        noise:Tensor|None=None, # One number per patch (B, N), the smallest are kept; None draws it
-    ) -> Tensor: # One feature per image (B, D)
-        "Encode the kept patches and pool them."
-        return pool_tokens(self.transformer(self.embed(images, mask_ratio, noise)), self.pool)
+@patch
+def forward(self:ImageEncoder,
+    images:Tensor, # Normalised images (B, 3, H, W)
+    mask_ratio:float=0., # Fraction of patches to drop, in [0, 1); 0 encodes the whole image
+    noise:Tensor|None=None, # One number per patch (B, N), the smallest are kept; None draws it
+) -> Tensor: # One feature per image (B, D)
+    "Encode the kept patches and pool them."
+    return pool_tokens(self.transformer(self.embed(images, mask_ratio, noise)), self.pool)
 
 # %% ../nbs/1_method/03_vision.ipynb #9faaa17a
 class MaskTokens(nn.Module):
@@ -124,8 +127,8 @@ def check_timm_name(
     known = [n for m in TIMM_VIT_MODULES for n in timm.list_models(module=m)
              if not n.startswith('test_')]
     close = difflib.get_close_matches(name.lower().split('.')[0], known, 5, 0)
-    what = "is not a VisionTransformer, so its tokens cannot be masked" if timm.is_model(
-        name) else "is no timm model"
+    what = "is no timm model"
+    if timm.is_model(name): what = "is not a VisionTransformer, so its tokens cannot be masked"
     raise ValueError(f"{name!r} {what}; the nearest that work: {', '.join(close)}")
 
 # %% ../nbs/1_method/03_vision.ipynb #68427c9e
@@ -141,9 +144,8 @@ class TimmImageEncoder(nn.Module):
         check_timm_name(name)
         self.vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
         if not isinstance(self.vit, timm.models.VisionTransformer):
-            raise ValueError(
-                f"{name!r} became a {type(self.vit).__name__}; masking needs a timm "
-                f"VisionTransformer")
+            raise ValueError(f"{name!r} became a {type(self.vit).__name__}; "
+                             "masking needs a timm VisionTransformer")
         self.vit.patch_drop = MaskTokens(self.vit.num_prefix_tokens)
         self.embed_dim,self.image_size = self.vit.num_features,self.vit.patch_embed.img_size[0]
 
