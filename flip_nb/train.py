@@ -37,6 +37,9 @@ def begin(
     config = resume_config(values, chosen)
     if not (done := Path(resume)/'results.json').exists():
         if config is None:
+            if 'data' not in chosen:
+                raise ValueError(f"there is no run in {str(resume)!r} to resume; to start one "
+                                 "there, give --data too")
             config = resolve(build(TrainConfig, values | dict(out=resume, resume=None)))
         elif dataset is None and config.data.data.startswith('<'):
             raise ValueError(f"the run in {resume!r} trains on an object, {config.data.data}: give "

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['as_captions', 'Pairs', 'next_good', 'AllRows', 'corpus', 'Collate', 'pair_seed', 'shuffled', 'own_rng', 'share_of',
-           'draw_items', 'Batches', 'SkippedRows', 'leave_signals']
+           'draw_items', 'Batches', 'SkippedRows', 'leave_signals', 'end_workers']
 
 # %% ../../nbs/4_data/02_pairs.ipynb #9e45a5ba
-import hashlib, json, signal
+import atexit, hashlib, json, multiprocessing.util, signal
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import Dataset
 from .decode import image_fault, load_image
+from ..files import LogFile, read_lines
 
 # %% ../../nbs/4_data/02_pairs.ipynb #0065f71d
 def as_captions(
@@ -238,8 +239,8 @@ class SkippedRows:
         if not 0 <= most <= 1: raise ValueError(f"max_broken must be in [0, 1], got {most}")
         self.path,self.most,self.first,self.seen = path,most,first,seen
         self.kinds,self.keys = Counter(),set()
-        lines = path.read_text().splitlines() if path.exists() else []
-        for line in lines: self.remember(*json.loads(line))
+        self.file = LogFile(path)
+        for line in read_lines(path): self.remember(*line)
 
     def remember(self,
         key:int|str, # Row number, or key of a sample
@@ -256,10 +257,7 @@ class SkippedRows:
         "Log what is new; stop the run if it is too much."
         rows = [r if len(r) == 3 else (r[0], r[1].split(':')[0], r[1]) for r in broken]
         new = {row[0]: row for row in rows if row[0] not in self.keys}
-        if new:
-            with open(self.path, 'a') as f:
-                f.writelines(json.dumps(row) + '\n' for row in new.values())
-            for row in new.values(): self.remember(*row)
+        for row in new.values(): self.file.add(row); self.remember(*row)
         before,self.seen = self.seen,self.seen + used + len(broken)
         if before >= self.first or len(self.keys) <= self.most*max(self.seen, self.first): return
         kinds = ', '.join(f'{n} x {kind}' for kind,n in self.kinds.most_common())
@@ -273,3 +271,11 @@ def leave_signals(
 ):
     "Let a worker ignore SIGINT and SIGTERM."
     for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_IGN)
+
+def end_workers():
+    "Kill the workers that are left when Python ends."
+    left = [process for process in multiprocessing.active_children() if process.daemon]
+    if left and hasattr(signal, 'SIGCHLD'): signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in left: process.kill()                         # no second error about their end
+
+atexit.register(end_workers)    # runs before the waiting of multiprocessing, which came first

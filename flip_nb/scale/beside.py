@@ -15,7 +15,7 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from safetensors.torch import load_file
 from torch import nn
-from ..files import append_line, read_lines
+from ..files import LogFile, read_lines
 from ..loop import Stage, full
 from .checkpoint import mark_best
 from .run import Run
@@ -114,6 +114,7 @@ class Evaluations:
     ):
         group = dist.new_group(backend='gloo') if run.accelerator.num_processes > 1 else None
         self.run,self.evaluate,self.which = run,evaluate,None
+        self.log = LogFile(run.folder/'evaluations.jsonl')
         self.shadow = Shadow(run.model, group)
 
     def weights(self,
@@ -142,9 +143,8 @@ def write(self:Evaluations,
     if not self.run.accelerator.is_main_process: return
     scores = {k: results[k] for k in ('zero_shot', 'zero_shot_unseen', 'retrieval')}
     line = which | scores | dict(score=mean_score(results), eval_seconds=seconds)
-    path = self.run.folder/'evaluations.jsonl'
-    before = [earlier['score'] for earlier in read_lines(path)]
-    append_line(path, line)
+    before = [earlier['score'] for earlier in read_lines(self.log.path)]
+    self.log.add(line)
     tracked = dict(score=line['score'], score_step=line['done'])
     self.run.accelerator.log(tracked, step=self.run.progress.done)  # trackers want steps in order
     if line['score'] >= max(before, default=0.):

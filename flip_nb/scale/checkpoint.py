@@ -287,8 +287,18 @@ class StopRequest:
             self.old = {s: signal.signal(s, self.receive) for s in (signal.SIGTERM, signal.SIGINT)
                         if signal.getsignal(s) is not signal.SIG_IGN}
         return self
-    def __exit__(self, *error):
-        for s,handler in self.old.items(): signal.signal(s, handler or signal.SIG_DFL)
+    def __exit__(self, kind, *error):
+        self.left,saved = time.monotonic(),kind is not None and issubclass(kind, Interrupted)
+        for s,handler in self.old.items():
+            late = saved and s == signal.SIGTERM
+            signal.signal(s, self.late if late else handler or signal.SIG_DFL)
+    def late(self,
+        number:int, # Signal
+        frame, # Where the program was
+    ):
+        "All is saved: for ten seconds another SIGTERM changes nothing."
+        if time.monotonic() - self.left < 10: return
+        signal.signal(number, self.old[number] or signal.SIG_DFL); signal.raise_signal(number)
     def receive(self,
         number:int, # Signal
         frame, # Where the program was

@@ -21,7 +21,7 @@ class DataConfig:
     "What to train on."
     # scenes (made on the fly), a folder or glob of parquet, WebDataset shards or images, or a hub
     # name
-    data:str = option('scenes')
+    data:str = option('scenes', resume=True)
     image_column:str|None = option(None) # Column with images; found by default
     caption_column:str|None = option(None) # Column with captions; found by default
     # Smallest area of a random crop (other data than scenes); default: 0.5

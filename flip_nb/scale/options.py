@@ -8,9 +8,11 @@ __all__ = ['KINDS', 'source_comment', 'option', 'options_of', 'flatten', 'defaul
            'run_command']
 
 # %% ../../nbs/7_scale/03_options.ipynb #119be649
+import atexit
 import dataclasses
 import linecache
 import re
+import signal
 import sys
 import typing
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
@@ -274,4 +276,5 @@ def run_command(
     except ValueError as e: raise SystemExit(f'{prog}: {e}') from e
     except tuple(exits or ()) as e:
         print(f'{prog}: {e}', file=sys.stderr)
+        atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # the exit code is settled
         sys.exit(next(code for kind,code in exits.items() if isinstance(e, kind)))

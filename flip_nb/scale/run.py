@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Progress', 'progress_state', 'progress_from', 'end_stage', 'count_bad_steps', 'Run', 'cut_logs', 'own_lanes',
-           'publish', 'advice', 'Checkpoints', 'save_run', 'open_checkpoint']
+           'publish', 'advice', 'Checkpoints', 'save_run', 'open_checkpoint', 'check_identity']
 
 # %% ../../nbs/7_scale/04d_run.ipynb #e9ba9b8b
 import os
@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn, Tensor
-from ..files import log_files
+from ..files import LogFile, log_files
 from ..loop import Stage, Step, TrainingDiverged, make_optimizer
 from .checkpoint import (
     latest_checkpoint, load_training_state, random_state, read_state, save_checkpoint, save_state,
@@ -108,6 +109,10 @@ class Run:
     wrapped:nn.Module|None = None # The model as `prepare_model` returned it
     optimizer:object = None # Of this stage
     schedule:object = None # Its learning rates
+    # What a checkpoint has to agree with, such as seed and rows of the data
+    identity:dict = field(default_factory=dict)
+
+    def __post_init__(self): self.metrics = LogFile(Path(self.folder)/'metrics.jsonl')
 
     def begin(self,
         stage:Stage, # Which begins, or continues
@@ -156,10 +161,8 @@ def publish(
     files = [p for p in checkpoint.iterdir() if p.is_file() and p.name not in private]
     for path in sorted(files, key=lambda p: (p.name == 'model.safetensors', p.name)):
         part = folder/f'.{path.name}.part'
-        part.unlink(missing_ok=True)
-        try: (os.link if path.name == 'model.safetensors' else shutil.copyfile)(path, part)
-        except OSError: shutil.copyfile(path, part)             # a file system without links
-        part.replace(folder/path.name)
+        try: shutil.copyfile(path, part); part.replace(folder/path.name)
+        except OSError: part.unlink(missing_ok=True); raise
 
 def advice(
     folder:Path, # Run folder
@@ -197,7 +200,7 @@ class Checkpoints:
         return dict(
             progress=progress_state(run.progress) | dict(lanes=lanes), training=training,
             schedule=run.schedule.state_dict(), random=[o['random'] for o in own], pending=pending,
-            scaler=scaler.state_dict() if scaler else None)
+            scaler=scaler.state_dict() if scaler else None, identity=run.identity)
 
     def write(self,
         state:dict, # What `state` returned
@@ -229,8 +232,9 @@ def save_run(
         raise TrainingDiverged(f"a weight is no longer finite at step {done}; {advice(run.folder)}")
     try:
         if run.accelerator.is_main_process: c.write(state, model)
-    except OSError as e:
-        fault = f"the checkpoint of step {done} could not be written ({e.strerror or e}). Make room"
+    except (OSError, SafetensorError) as e:
+        cause = getattr(e, 'strerror', None) or e
+        fault = f"the checkpoint of step {done} could not be written ({cause}). Make room"
     if must or c.config.on_save_error == 'stop':                # raised on every process
         gather_objects(ValueError(f"{fault}, then resume with --resume {run.folder}")
                        if fault else None)
@@ -256,3 +260,18 @@ def open_checkpoint(
     saved = read_state(path/'state.pt')
     saved['training']['model'] = load_file(path/'model.safetensors')
     return path, saved
+
+def check_identity(
+    path:Path, # Checkpoint
+    saved:dict, # Its state
+    identity:dict, # Name to value, those of the run that wants to resume
+):
+    "Name the first thing in which a checkpoint is of another run, or of other data."
+    for name,there in saved.get('identity', {}).items():  # older checkpoints have none
+        here = identity.get(name, there)
+        if None in (there, here) or there == here: continue
+        if name == 'rows':
+            raise ValueError(f"the run was trained on {there:,} rows, but the data have {here:,} "
+                             "now; give --data with the same rows, or start another run")
+        raise ValueError(f"{path.name} is of a run with {name} {there!r}, and this run has "
+                         f"{here!r}; move that checkpoint out of {str(path.parent)!r}")

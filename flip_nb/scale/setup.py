@@ -53,9 +53,12 @@ def choose_precision(
     if mixed_precision not in (known := ('auto', 'no', 'bf16', 'fp16')):
         raise ValueError(f"mixed_precision must be one of {', '.join(known)}, got "
                          f"{mixed_precision!r}")
-    if mixed_precision != 'auto': return mixed_precision
     launched = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
-    return launched if launched != 'no' else 'bf16' if fast_bf16() else 'no'
+    if mixed_precision == 'auto': mixed_precision = launched
+    elif mixed_precision == 'no': return 'no'
+    if mixed_precision == 'fp16' and not torch.cuda.is_available():
+        raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU give bf16 or no")
+    return mixed_precision if mixed_precision != 'no' else 'bf16' if fast_bf16() else 'no'
 
 def make_accelerator(
     mixed_precision:str='auto', # 'auto', 'no', 'bf16' or 'fp16'
