@@ -9,20 +9,20 @@ __all__ = ['StartConfig', 'TuningConfig', 'DeviceConfig', 'FinetuneConfig', 'che
 
 # %% ../../nbs/8_transfer/03_tuner.ipynb #ffaab860
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Subset
-from ..data.pairs import Pairs
-from ..data.pairs import SkippedRows
+from ..data.pairs import Pairs, SkippedRows
 from ..distributed import gather_objects
 from ..evaluation.datasets import TestSet
 from ..evaluation.prompts import text_classifier
 from ..evaluation.features import extract_features, open_pictures
 from ..evaluation.views import count_patches
-from ..files import append_line, log_files, new_run_folder, write_json
+from ..files import lock_folder, log_files, new_run_folder, write_json
 from ..loop import (
     Stage, Step, TrainingDiverged, loss_backward, scaled_lr, towers, training_steps)
 from ..model import FLIP
@@ -30,11 +30,11 @@ from ..scale.checkpoint import Interrupted, StopRequest, agree, latest_checkpoin
 from ..scale.config import SaveConfig
 from ..scale.loader import deliver, make_loader
 from ..scale.options import build, check, flatten, option
-from flip_nb.scale.run import (
-    Checkpoints, Progress, Run, count_bad_steps, cut_logs, open_checkpoint, progress_from, publish,
-    save_run)
+from ..scale.run import (
+    Checkpoints, Progress, Run, check_identity, count_bad_steps, cut_logs, open_checkpoint,
+    progress_from, publish, save_run)
 from ..scale.setup import explain_divergence, lost_process, make_accelerator, prepare_model
-from ..scale.trainer import progress_bar
+from ..scale.trainer import hold_folder, progress_bar
 from .classifier import (
     ImageClassifier, layer_groups, set_drop_path, zero_shot_head)
 from flip_nb.transfer.labelled import (
@@ -130,8 +130,8 @@ def tuning_stage(
 ) -> Stage: # What to do
     "Fine-tuning as a stage of the loop."
     t = config.tuning
-    warmup = min(t.warmup_steps, t.steps - 1)
-    return Stage('finetuning', t.steps, t.mask_ratio, t.lr, warmup, t.grad_clip)
+    return Stage('finetuning', t.steps, t.mask_ratio, t.lr, min(t.warmup_steps, t.steps - 1),
+                 t.grad_clip)
 
 # %% ../../nbs/8_transfer/03_tuner.ipynb #9ebd356a
 def make_classifier(
@@ -163,32 +163,33 @@ class TuningParts:
     config:FinetuneConfig # Options in which nothing is open
     run:Run # Model, folder, progress
     data:TestSet # What it is measured on
-    rows:int # Training rows
     loader:DataLoader # Batches of this process, from the next step on
     checkpoints:Checkpoints # Now and then
     skipped:SkippedRows # Rows that could not be read
     groups:list # Parameters by their learning rate
     saved:dict|None # State of the checkpoint; let go when the run has it
+    lock:object # Open file that keeps other runs out of the folder
     began:float # When, by `time.perf_counter`
 
 def start_finetuning(
     accelerator, # Where the run runs
     config:FinetuneConfig, # Options in which nothing is open
-) -> FinetuneConfig: # The same with its run folder, the same on every process
+) -> tuple[FinetuneConfig,object]: # The same with its run folder, and the lock of the folder
     "Open the run folder and write down what was asked for."
-    out = None
+    out = lock = None
+    data = Path(config.labelled.data).name.strip('*.') or 'data'
+    start = 'scratch' if config.start.scratch else Path(config.run).name
     if accelerator.is_main_process:
-        data = Path(config.labelled.data).name.strip('*.') or 'data'
-        start = 'scratch' if config.start.scratch else Path(config.run).name
         try:
             folder = new_run_folder(config.save.out, f'{data}-finetuned-{start}')
+            lock = lock_folder(folder)
             if (folder/'train_config.json').exists():
                 raise ValueError(f"{str(folder)!r} holds a training run; choose another --out")
             for old in log_files(folder): old.unlink()
             write_json(folder/'finetune_config.json', flatten(config) | dict(out=str(folder)))
             out = str(folder)
         except (ValueError, OSError) as e: out = e
-    return build(FinetuneConfig, flatten(config) | dict(out=gather_objects(out)[0]))
+    return build(FinetuneConfig, flatten(config) | dict(out=gather_objects(out)[0])), lock
 
 # %% ../../nbs/8_transfer/03_tuner.ipynb #ab0e5462
 def open_finetuning(
@@ -199,7 +200,9 @@ def open_finetuning(
     if not c.save.resume: check_finetuning(c)      # by now a resumed run has both epochs and steps
     a = make_accelerator(d.mixed_precision, d.threads, timeout=d.timeout)
     set_seed(c.seed)
-    path,saved = open_checkpoint(a, c.save.out if c.save.resume else None, d.quiet)
+    resumed = c.save.out if c.save.resume else None
+    lock = hold_folder(a, resumed)
+    path,saved = open_checkpoint(a, resumed, d.quiet)
     with a.main_process_first():
         flip = (ImageClassifier if path else FLIP).from_pretrained(path or c.run)
         pairs,data = open_labelled(c.labelled, flip.config.image_size, c.tuning.batch_size)
@@ -207,9 +210,11 @@ def open_finetuning(
     else: model = make_classifier(c, flip.to(a.device), pairs, data)
     settled = flatten(c) | dict(mixed_precision=a.mixed_precision)           # kept where it resumes
     c = fill_in_tuning(build(FinetuneConfig, settled), len(pairs))
-    if not c.save.resume: c = start_finetuning(a, c)
+    identity = dict(seed=c.seed, rows=len(pairs))
+    if saved: check_identity(path, saved, identity)
+    if not resumed: c,lock = start_finetuning(a, c)
     progress = progress_from(saved['progress']) if saved else Progress()
-    run = Run(a, Path(c.save.out), model.to(a.device), progress)
+    run = Run(a, Path(c.save.out), model.to(a.device), progress, identity=identity)
     cut_logs(run)
     done,t,workers = progress.done,c.tuning,c.labelled.workers
     noise = dict(image_noise=count_patches(model))
@@ -225,7 +230,7 @@ def open_finetuning(
     run.wrapped = prepare_model(a, model.train())
     checkpoints = Checkpoints(run, c.save, workers)
     set_seed(c.seed + 1 + a.process_index)                       # every process draws its own paths
-    return TuningParts(c, run, data, len(pairs), loader, checkpoints, skipped, groups, saved, began)
+    return TuningParts(c, run, data, loader, checkpoints, skipped, groups, saved, lock, began)
 
 # %% ../../nbs/8_transfer/03_tuner.ipynb #e1784aac
 def diverged(
@@ -254,8 +259,7 @@ def tuning_line(
                 loss=good.mean().item() if len(good) else None, lr=run.schedule.get_last_lr()[0],
                 pictures_per_second=p.step*parts.config.tuning.batch_size/p.seconds,
                 skipped_steps=p.skipped)
-    p.waited = p.worked = 0.
-    if a.is_main_process: append_line(run.folder/'metrics.jsonl', line)
+    if a.is_main_process: run.metrics.add(line)
     return line
 
 # %% ../../nbs/8_transfer/03_tuner.ipynb #acc702d4
@@ -298,7 +302,7 @@ def finish_finetuning(
     after = evaluate_classifier(run.model, parts.data.splits['test'], c.labelled.workers)
     seconds = run.progress.seconds
     out = dict(before=run.progress.finished[0]['results'], after=after, metric=parts.data.metric,
-               classes=len(parts.data.class_names), training_rows=parts.rows,
+               classes=len(parts.data.class_names), training_rows=run.identity['rows'],
                skipped_in_training=len(parts.skipped.keys), train_seconds=seconds,
                pictures_per_second=c.tuning.steps*c.tuning.batch_size/seconds,
                wall_seconds=time.perf_counter() - parts.began, seed=c.seed,
@@ -319,7 +323,8 @@ def run_finetuning(
     a,p,t,log_every = run.accelerator,run.progress,c.tuning,c.device.log_every
     stage,alone = tuning_stage(c),a.num_processes == 1
     loss = partial(classification_loss, label_smoothing=t.label_smoothing)
-    with StopRequest() as stop, lost_process(a, c.device.timeout, run.folder):
+    with (parts.lock or nullcontext(), StopRequest() as stop,
+          lost_process(a, c.device.timeout, run.folder)):
         run.begin(stage, t.weight_decay, parts.groups, saved)
         del saved
         batches = deliver(parts.loader, a.device, p.lanes, parts.skipped)
@@ -341,4 +346,4 @@ def run_finetuning(
                 save_tuning(parts, must=step.is_last)
             since = time.perf_counter()
         bar.close()
-    return finish_finetuning(parts)
+        return finish_finetuning(parts)
