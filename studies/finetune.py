@@ -5,9 +5,9 @@
 
 writes results/finetune/scenes.json, or FILE; the stored file holds the rows of both.
 
-Each of three seeds has a FLIP, labelled pictures and fine-tuning of its own. One question is about what captions
+Each of three seeds has a FLIP, labelled images and fine-tuning of its own. One question is about what captions
 mention (the colour), one about what they never do (whether the background is dark or light). Settings are the same
-for all, the learning rate was chosen once by looking at seed 0's FLIP with other pictures; nothing else was tuned.
+for all, the learning rate was chosen once by looking at seed 0's FLIP with other images; nothing else was tuned.
 """
 import argparse, io, json, platform, tempfile, time
 from pathlib import Path
@@ -28,20 +28,20 @@ METHODS = dict(zeros=dict(head='zeros', layer_decay=.75), zero_shot=dict(head='z
 
 
 def png(image):
-    "Encode a picture."
+    "Encode an image."
     to_pil_image(image).save(file := io.BytesIO(), 'png')
     return file.getvalue()
 
 
 def write_sets(folder, seed, sizes):
-    "The same labelled pictures with two kinds of labels, as parquet files."
+    "The same labelled images with two kinds of labels, as parquet files."
     n = max(sizes) + TEST
     scenes = Scenes('val', size=n, seed=100 + seed, num_objects=1)
-    pictures,drawn = [png(p) for p in scenes.batch(range(n))[0]],scenes.draw(range(n))
+    images,drawn = [png(x) for x in scenes.batch(range(n))[0]],scenes.draw(range(n))
     light = (drawn['ground'].mean((1, 2)) > .5).long().tolist()
     for task,labels,names in (('colour', drawn['colour'][:, 0].tolist(), [f'{c} shape' for c in COLOURS]), ('background', light, ['dark background', 'light background'])):
         features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
-        table = datasets.Dataset.from_dict(dict(image=pictures, label=labels), features=features)
+        table = datasets.Dataset.from_dict(dict(image=images, label=labels), features=features)
         for size in sizes:
             table.select(range(size)).to_parquet(folder/f'{task}-{size}/train.parquet')
             table.select(range(max(sizes), n)).to_parquet(folder/f'{task}-{size}/test.parquet')
