@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Progress', 'progress_state', 'progress_from', 'end_stage', 'count_bad_steps', 'Run', 'cut_logs', 'own_lanes',
-           'publish', 'advice', 'Checkpoints', 'save_run', 'open_checkpoint', 'check_identity']
+           'publish', 'advice', 'Checkpoints', 'save_run', 'hold_folder', 'open_checkpoint', 'check_identity']
 
 # %% ../../nbs/7_scale/04d_run.ipynb #e9ba9b8b
 import os
@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn, Tensor
-from ..files import LogFile, log_files
+from ..files import LogFile, lock_folder, log_files
 from ..loop import Stage, Step, TrainingDiverged, make_optimizer
 from .checkpoint import (
     latest_checkpoint, load_training_state, random_state, read_state, save_checkpoint, save_state,
@@ -242,6 +242,18 @@ def save_run(
         print(f"{fault}: training continues, and tries again at the next checkpoint",
               file=sys.stderr)
     if not any(gather_objects(bool(fault))): c.last = done
+
+# %% ../../nbs/7_scale/04d_run.ipynb #1df1ebbf
+def hold_folder(
+    accelerator:Accelerator, # Where the run runs
+    folder:str|None, # Run folder to resume; None for a new run
+): # Its lock, on the main process
+    "Keep other runs out of a folder."
+    lock = fault = None
+    try: lock = lock_folder(Path(folder)) if folder and accelerator.is_main_process else None
+    except ValueError as e: fault = e
+    gather_objects(fault)                                       # raised on every process
+    return lock
 
 # %% ../../nbs/7_scale/04d_run.ipynb #e221e556
 def open_checkpoint(

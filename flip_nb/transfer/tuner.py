@@ -31,10 +31,10 @@ from ..scale.config import SaveConfig
 from ..scale.loader import deliver, make_loader
 from ..scale.options import build, check, flatten, option
 from ..scale.run import (
-    Checkpoints, Progress, Run, check_identity, count_bad_steps, cut_logs, open_checkpoint,
-    progress_from, publish, save_run)
+    Checkpoints, Progress, Run, check_identity, count_bad_steps, cut_logs, hold_folder,
+    open_checkpoint, progress_from, publish, save_run)
 from ..scale.setup import explain_divergence, lost_process, make_accelerator, prepare_model
-from ..scale.trainer import hold_folder, progress_bar
+from ..scale.trainer import progress_bar
 from .classifier import (
     ImageClassifier, layer_groups, set_drop_path, zero_shot_head)
 from flip_nb.transfer.labelled import (
