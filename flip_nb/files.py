@@ -170,6 +170,7 @@ def read_lines(
               f"{broken[0]}", file=sys.stderr)
     return lines
 
+# %% ../nbs/4_data/00_files.ipynb #52712e01
 class LogFile:
     "A log whose lines wait in memory while the disk refuses them."
     def __init__(self,

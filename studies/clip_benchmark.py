@@ -69,7 +69,7 @@ def run_benchmark(run, preset, folder, task):
 
 def readable_pairs(model, pairs):
     "Features of all pictures and their captions or labels; no picture may be broken, for CLIP_benchmark would stop there."
-    features,texts,faults = encode_pairs(model, pairs, batch_size=BATCH)
+    features,texts,faults,_ = encode_pairs(model, pairs, batch_size=BATCH)
     if faults: raise SystemExit(f'a picture cannot be read: {faults[0]}')
     return features, texts
 

@@ -42,7 +42,9 @@ def main(
     machine = dict(cpu=f'{platform.machine()}, {cpu}', python=platform.python_version(), torch=torch.__version__)
     config = dict(seed=seed, mask_ratio=.5, threads=torch.get_num_threads(), batch_size=64, names=len(names['NAMES']),
                   parameters=sum(p.numel() for p in names['model'].parameters()), test_images=len(names['test_images']))
-    result = dict(config=config, machine=machine, wall_seconds=time.perf_counter() - start,
+    right,seen = names['right'],names['seen']
+    result = dict(config=config, machine=machine, read=right[seen].mean().item(), never_read=right[~seen].mean().item(),
+                   wall_seconds=time.perf_counter() - start,
                   masked=names['log'], unmasked=names['twin_log'])
     if store:
         (folder := ROOT/'results'/'one_page').mkdir(parents=True, exist_ok=True)

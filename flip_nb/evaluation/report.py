@@ -98,14 +98,14 @@ class Report:
         quiet:bool=False, # Print no table
     ):
         self.folder,self.options,self.main,self.quiet = Path(folder),options,main,quiet
-        self.scores,self.rows,self.skipped,self.faults = {},{},{},[]
+        self.scores,self.rows,self.skipped,self.shared,self.faults = {},{},{},{},[]
         self.start = time.perf_counter()
 
     def record(self) -> dict: # What is in results.json
         "All results and how they came about."
         return dict(options=self.options, rows=[r for rows in self.rows.values() for r in rows],
-                    skipped=self.skipped, processes=processes()[1], torch=torch.__version__,
-                    wall_seconds=time.perf_counter() - self.start)
+                    skipped=self.skipped, shared=self.shared, processes=processes()[1],
+                    torch=torch.__version__, wall_seconds=time.perf_counter() - self.start)
 
     def add(self,
         job:Job, # A model on a data set
@@ -117,6 +117,7 @@ class Report:
         skipped = {split: found.skipped for (split,*_),found in job.known.items()
                    if isinstance(found, Extracted) and found.skipped}
         if skipped: self.skipped.setdefault(data.name, {}).update(skipped)
+        if line := job.known.get(('shared',)): self.shared[data.name] = line
         mine = self.scores.setdefault(key, {})
         mine[job.model] = scores
         self.rows[key] = result_rows(data, mine)
@@ -146,6 +147,7 @@ def show_report(
     if report.quiet: return
     lost = [f'{len(rows)} rows of {name}, split {split}, were skipped; results.json says which '
             f'and why' for name,splits in report.skipped.items() for split,rows in splits.items()]
+    lost += [f'{name}: {line}' for name,line in report.shared.items()]
     print(markdown_table(rows), *lost, f'everything is in {report.folder}', sep='\n\n')
 
 # %% ../../nbs/5_evaluation/14_report.ipynb #71970050

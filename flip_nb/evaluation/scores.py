@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from ..data.pairs import AllRows, Pairs, leave_signals
 from ..distributed import in_turns
+from .answers import (
+    answer_chance, answer_recall, image_prints, match_answers, shared_line)
 from ..model import FLIP, to_float
 from ..scenes import CLASSES, Scenes
 from ..text import CaptionTokenizer
 from ..zero_shot import (
-    SCENE_NAMES, SCENE_TEMPLATES, encode_captions, encode_images, evaluating, retrieval_chance,
-    retrieval_recall, similarity, standard_error, top_k_accuracy, zero_shot_classifier)
+    SCENE_NAMES, SCENE_TEMPLATES, encode_captions, encode_images, evaluating, similarity,
+    standard_error, top_k_accuracy, zero_shot_classifier)
 
 # %% ../../nbs/5_evaluation/00_scores.ipynb #75554903
 def evaluate_scenes(
@@ -39,11 +41,11 @@ def evaluate_scenes(
         features,_,labels = encode(split, 1)
         out[key] = top_k_accuracy(similarity(features, classifier), labels)
     features,captions,_ = encode('val')
-    image_of_text = torch.arange(size)
-    texts = encode_captions(model, tokenizer, captions, turns=in_turns)
-    out['retrieval'] = retrieval_recall(features, texts, image_of_text)
+    answers = match_answers([[c] for c in captions])
+    texts = encode_captions(model, tokenizer, answers.captions, turns=in_turns)
+    out['retrieval'] = answer_recall(features, texts, answers)
     out['chance'] = dict(zero_shot=1/len(CLASSES), zero_shot_unseen=1/len(CLASSES),
-                         retrieval=retrieval_chance(image_of_text, size))
+                         retrieval=answer_chance(answers))
     return out
 
 # %% ../../nbs/5_evaluation/00_scores.ipynb #294c4891
@@ -53,13 +55,14 @@ def results_table(
     "Results to read, each with its standard error, chance and number of questions."
     chance = results['chance']
     n = {k: results.get('scenes', results.get(k)) for k in ('images', 'captions')}
-    rows = [(key, results[key], chance[key], n['images'])
+    rows = [(key, results[key], chance[key], results.get('rows', n['images']))
             for key in ('zero_shot', 'zero_shot_unseen') if results.get(key) is not None]
     for way,queries in (('i2t', 'images'), ('t2i', 'captions')):
         for k,p in results['retrieval'][way].items():
             rows.append((f'{way} {k}', p, chance['retrieval'][way][k], n[queries]))
-    return '\n'.join(f'{name:17}{p:6.1%} ± {100*standard_error(p, asked):.1f}   '
-                     f'chance {c:6.2%}   n = {asked:,}' for name,p,c,asked in rows)
+    lines = [f'{name:17}{p:6.1%} ± {100*standard_error(p, asked):.1f}   '
+             f'chance {c:6.2%}   n = {asked:,}' for name,p,c,asked in rows]
+    return '\n'.join(lines + [results.get('shared')]*bool(results.get('shared')))
 
 # %% ../../nbs/5_evaluation/00_scores.ipynb #6721882f
 def label_accuracy(
@@ -90,7 +93,7 @@ def encode_pairs(
     workers:int=0, # Worker processes that decode, for each process that encodes
     seed:int=0, # Seed of masks
     batch_size:int|None=None, # Rows at a time; None: `good_batch_size`
-) -> tuple[Tensor,list[list[str]],list[str]]: # Unit-length (M, E), captions of each, faults
+) -> tuple[Tensor,list[list[str]],list[str],list]: # Unit-length (M, E), captions, faults, prints
     "Read and encode every readable image, shared among the processes; say why others are not."
     device = next(model.parameters()).device
     batch_size = batch_size or good_batch_size(device)
@@ -106,12 +109,13 @@ def encode_pairs(
                     images = to_float(torch.stack([image for image,_ in good]).to(device))
                     z = model.encode_image(images, mask_ratio).float().cpu()
             faults = [fault for image,_,fault in rows if image is None]
-            yield z, [texts for _,texts in good], faults
+            readable = [i for i,(image,*_) in zip(batch, rows) if image is not None]
+            yield z, [texts for _,texts in good], faults, image_prints(pairs, readable)
     batches = [range(len(pairs))[i:i+batch_size] for i in range(0, len(pairs), batch_size)]
-    z,texts,faults = zip(*in_turns(encode, batches))
+    z,texts,faults,prints = zip(*in_turns(encode, batches))
     z = [part for part in z if part is not None]
     features = torch.cat(z).to(device) if z else torch.empty(0)
-    return features, list(chain(*texts)), list(chain(*faults))
+    return features, list(chain(*texts)), list(chain(*faults)), list(chain(*prints))
 
 # %% ../../nbs/5_evaluation/00_scores.ipynb #16b82033
 def evaluate_pairs(
@@ -121,21 +125,21 @@ def evaluate_pairs(
     mask_ratio:float=0., # Fraction of patches to drop while evaluating, in [0, 1)
     workers:int=0, # Worker processes that decode
     seed:int=0, # Seed of masks
-) -> dict: # 'retrieval', 'chance', numbers of 'images', 'captions', 'skipped' rows; 'zero_shot'
+) -> dict: # 'retrieval', 'chance', 'zero_shot', 'shared', and how many 'rows', 'images', ...
     "Retrieval with all captions of every readable image; zero-shot accuracy for labels, else None."
-    features,texts,faults = encode_pairs(model, pairs, mask_ratio, workers, seed)
+    features,texts,faults,prints = encode_pairs(model, pairs, mask_ratio, workers, seed)
     if not len(features):
         raise ValueError(f'none of the {len(pairs)} images could be read; '
                          f'the first says: {faults[0]}')
-    captions = list(chain(*texts))
-    counts = torch.tensor([len(t) for t in texts])
-    image_of_text = torch.arange(len(texts)).repeat_interleave(counts)
-    accuracy,guess = None,None
+    answers,accuracy,guess = match_answers(texts, prints),None,None
     if pairs.label_names:
-        accuracy,guess = label_accuracy(model, tokenizer, features, captions, pairs.label_names)
-    text_features = encode_captions(model, tokenizer, captions, turns=in_turns)
-    return dict(zero_shot=accuracy, zero_shot_unseen=None,
-                images=len(features), captions=len(captions), skipped=len(faults),
-                retrieval=retrieval_recall(features, text_features, image_of_text),
+        labels = list(chain(*texts))
+        accuracy,guess = label_accuracy(model, tokenizer, features, labels, pairs.label_names)
+    text_features = encode_captions(model, tokenizer, answers.captions, turns=in_turns)
+    image_features = features[answers.images.to(features.device)]
+    return dict(zero_shot=accuracy, zero_shot_unseen=None, rows=len(texts),
+                shared=shared_line(answers, len(texts)), images=len(answers.images),
+                captions=len(answers.captions), skipped=len(faults),
+                retrieval=answer_recall(image_features, text_features, answers),
                 chance=dict(zero_shot=guess, zero_shot_unseen=None,
-                            retrieval=retrieval_chance(image_of_text, len(features))))
+                            retrieval=answer_chance(answers)))

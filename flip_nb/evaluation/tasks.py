@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'TASKS', 'QUICK', 'JobConfig', 'Job', 'remember', 'answers', 'job_features', 'job_labels', 'job_classifier',
-           'sample_pictures', 'zero_shot_task', 'caption_lists', 'retrieval_task', 'probe_rows', 'knn_task',
-           'every_fifth', 'linear_probe_task', 'robustness_task', 'masked_views_task', 'unfit', 'plan']
+           'sample_pictures', 'zero_shot_task', 'caption_gallery', 'caption_lists', 'first_images', 'retrieval_task',
+           'probe_rows', 'knn_task', 'every_fifth', 'linear_probe_task', 'robustness_task', 'masked_views_task',
+           'unfit', 'plan']
 
 # %% ../../nbs/5_evaluation/13_tasks.ipynb #160471f2
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from torch import Tensor
 from ..core import nearest
 from ..data.pairs import Pairs
 from ..distributed import in_turns
+from .answers import (
+    Answers, answer_chance, answer_ranks, image_prints, match_answers, shared_line)
 from .datasets import SCENE_SETS, TestSet
 from .features import (
     class_numbers, digest, extract_features, Extracted, FeatureKind, fingerprints, open_pictures)
@@ -28,8 +31,7 @@ from ..loss import clamped_exp, normalize
 from ..model import FLIP
 from ..text import CaptionTokenizer
 from ..zero_shot import (
-    check_finite_rows, encode_captions, encode_images, evaluating, retrieval_chance,
-    retrieval_ranks, similarity)
+    check_finite_rows, encode_captions, encode_images, evaluating, similarity)
 
 # %% ../../nbs/5_evaluation/13_tasks.ipynb #d09c2174
 @dataclass(frozen=True)
@@ -145,6 +147,23 @@ def zero_shot_task(
                                                  scale, most, size=1.8)
     return out, figures
 
+# %% ../../nbs/5_evaluation/13_tasks.ipynb #3d47b72c
+def caption_gallery(
+    job:Job, # A job on data with captions
+    texts:list[list[str]], # Captions of each readable image
+    captions:list[str], # Distinct captions
+    text_features:Tensor, # Their embeddings (T, E), on the CPU
+): # Figure
+    "Four captions, each with the images that the model finds for it."
+    places,pictures = sample_pictures(job, job.config.pictures)
+    number = {c: i for i,c in enumerate(captions)}
+    shown = [(c, k) for k,i in enumerate(places.tolist()) for c in texts[i]]
+    words,owner = [c for c,_ in shown],torch.tensor([k for _,k in shown])
+    queries = (torch.arange(4)*len(words)//4).unique().tolist()
+    return retrieval_gallery(pictures, words, job_features(job).features[places],
+                             text_features[[number[c] for c in words]], owner, queries,
+                             min(5, len(places)))
+
 # %% ../../nbs/5_evaluation/13_tasks.ipynb #d7386ab6
 def caption_lists(
     pairs:Pairs, # Images with captions
@@ -154,28 +173,29 @@ def caption_lists(
     values = answers(pairs)
     return [pairs.texts(i, values[i]) for i in rows.tolist()]
 
+def first_images(
+    answers:Answers, # What is right for what
+) -> Tensor: # The first image of each caption (T,)
+    "Captions of one image are drawn together."
+    image,caption = answers.pairs.T
+    return torch.full((len(answers.captions),), len(answers.images)).scatter_reduce(
+        0, caption, image, 'amin')
+
 def retrieval_task(
     job:Job, # A job on data with captions
 ) -> tuple[list[Score],dict]: # Scores, and figures by name
     "Captions for images and images for captions."
-    found,device = job_features(job),next(job.flip.parameters()).device
-    texts = caption_lists(job.data.splits['test'], found.rows)
-    captions,counts = [c for t in texts for c in t],torch.tensor([len(t) for t in texts])
-    image_of_text = torch.arange(len(texts)).repeat_interleave(counts)
-    text_features = encode_captions(job.flip, job.tokenizer, captions, turns=in_turns)
-    ranks = retrieval_ranks(found.features.to(device), text_features, image_of_text)
-    chance = retrieval_chance(image_of_text, len(texts))
+    found,pairs = job_features(job),job.data.splits['test']
+    texts = caption_lists(pairs, found.rows)
+    answers = match_answers(texts, image_prints(pairs, found.rows.tolist()))
+    job.known['shared',] = shared_line(answers, len(texts))
+    text_features = encode_captions(job.flip, job.tokenizer, answers.captions, turns=in_turns)
+    image_features = found.features[answers.images].to(text_features.device)
+    ranks,chance = answer_ranks(image_features, text_features, answers),answer_chance(answers)
     out = [Score('retrieval', f'{way} R@{k}', (ranks[way] < k).cpu(), chance[way][f'R@{k}'],
-                 groups=image_of_text if way == 't2i' else None)
+                 groups=first_images(answers) if way == 't2i' else None)
            for way in ('i2t', 't2i') for k in (1, 5, 10)]
-    places,pictures = sample_pictures(job, job.config.pictures)
-    keep = torch.isin(image_of_text, places)
-    shown = [c for c,k in zip(captions, keep.tolist()) if k]
-    queries = (torch.arange(4)*len(shown)//4).unique().tolist()
-    gallery = retrieval_gallery(pictures, shown, found.features[places], text_features.cpu()[keep],
-                                torch.searchsorted(places, image_of_text[keep]), queries,
-                                min(5, len(places)))
-    return out, {'gallery': gallery}
+    return out, {'gallery': caption_gallery(job, texts, answers.captions, text_features.cpu())}
 
 # %% ../../nbs/5_evaluation/13_tasks.ipynb #6ef259af
 def probe_rows(

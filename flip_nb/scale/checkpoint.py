@@ -276,6 +276,7 @@ EXIT_RESUMABLE = 75  # exit status of a run that can be resumed: EX_TEMPFAIL of 
 class Interrupted(KeyboardInterrupt):
     "Training was asked to stop, and has saved where it stands."
 
+# %% ../../nbs/7_scale/04_checkpoint.ipynb #ef7c3d4c
 class StopRequest:
     "The first SIGTERM or SIGINT is only remembered in `signal`; a second SIGINT stops at once."
     def __init__(self,
