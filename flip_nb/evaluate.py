@@ -110,11 +110,13 @@ def model_names(
 # %% ../nbs/5_evaluation/15_evaluate.ipynb #d67c6f85
 def trained_on(
     run:str, # Run folder or hub name
-) -> dict: # Its options 'data', 'image_column', 'caption_column'; empty where unknown
+) -> dict: # Its options 'data', 'image_column', 'stream' and the like; empty where unknown
     "What a run was trained on."
     config = Path(run)/'train_config.json'
     known = json.loads(config.read_text()) if config.is_file() else {}
-    return {k: known.get(k) for k in ('data', 'image_column', 'caption_column')} if known else {}
+    if str(known.get('data')).startswith('<'): return {}         # an object, which nobody can open
+    names = 'data', 'image_column', 'caption_column', 'stream', 'weights'
+    return {k: known[k] for k in names if k in known}
 
 def data_request(
     config:EvaluateConfig, # Completed options
@@ -125,7 +127,8 @@ def data_request(
     trained = next((k for k in known if k.get('data') == data), {})
     columns = {k: getattr(q, k) or trained.get(k) for k in ('image_column', 'caption_column')}
     return DataRequest(q.split, **columns, templates=q.templates, limit=q.limit,
-                       seed=config.embedding.seed)
+                       seed=config.embedding.seed, stream=bool(trained.get('stream')),
+                       weights=trained.get('weights'))
 
 # %% ../nbs/5_evaluation/15_evaluate.ipynb #38c79110
 def as_list(
@@ -191,8 +194,12 @@ def run_evaluation(
     settle(state, config.embedding.threads)
     for run,model in zip(runs, models):
         flip,tokenizer = open_model(run, state.device)
-        found = [d for each,name in zip(q.data, sets) for d in open_test_sets(
-            each, flip.config.image_size, data_request(config, each), name)]
+        found,notes = [],[]
+        for data,name in zip(q.data, sets):
+            found += open_test_sets(data, flip.config.image_size, data_request(config, data), name,
+                                    notes)
+        if notes and report is None and state.is_main_process and not config.results.quiet:
+            print(*notes, sep='\n')
         todo = plan(q.tasks, found)
         if report is None: report,work = start_report(config, state.is_main_process)
         for data,tasks in todo:

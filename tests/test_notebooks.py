@@ -35,7 +35,8 @@ def test_there_are_notebooks(): assert 'nbs/index.ipynb' in notebooks
 def test_runs(name):
     command = shutil.which('nbdev_test', path=str(Path(sys.executable).parent)) or shutil.which('nbdev_test')
     assert command, "nbdev_test is not installed: pip install -e '.[dev]'"
-    env = {**os.environ, 'OMP_WAIT_POLICY': 'passive'}
+    # Notebooks run side by side: one thread each, or they take the processors from one another.
+    env = {**os.environ, 'OMP_WAIT_POLICY': 'passive', 'OMP_NUM_THREADS': '1'}
     res = subprocess.run([command, '--path', name, '--n_workers', '0', '--do_print'], cwd=root, env=env, timeout=timeout,
                          capture_output=True, text=True)
     assert res.returncode == 0, f'{name} failed\n{res.stdout[-2000:]}\n{res.stderr[-8000:]}'

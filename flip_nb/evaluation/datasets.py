@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCENE_SETS', 'find_data', 'fetch_rows', 'choose_splits', 'choose_columns', 'shipped_names', 'choose_names', 'TestSet',
-           'need_labels', 'open_test_set', 'scene_set', 'DataRequest', 'limited', 'open_test_sets', 'data_names']
+           'need_labels', 'open_test_set', 'scene_set', 'DataRequest', 'limited', 'stream_set', 'open_test_sets',
+           'data_names']
 
 # %% ../../nbs/5_evaluation/07_datasets.ipynb #8dcbaf47
 import os, re
@@ -12,12 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from torchvision.transforms.functional import to_pil_image
 from ..core import find_file, nearest
-from ..data.folders import find_column, hold_out, IMAGE_NAMES, load_rows, pair_columns
-from ..data.folders import SPLITS
+from ..data.tables import find_column
+from ..data.folders import hold_out, load_rows, pair_columns
+from ..data.decode import IMAGE_NAMES
+from ..data.layout import SPLITS
 from ..data.pairs import Pairs
+from ..data.sources import open_stream
 from ..data.decode import eval_transform
-from .labels import readable_names, tidy_rows
-from .prompts import check_prompts, templates
+from ..data.names import readable_names
+from .labels import tidy_rows
+from .prompts import check_prompts, PLAIN, templates
 from .registry import REGISTRY, Entry
 from ..scenes import Scenes
 from ..zero_shot import SCENE_NAMES, SCENE_TEMPLATES
@@ -43,9 +48,12 @@ def find_data(
 def fetch_rows(
     entry:Entry, # A data set
     path:str|None=None, # Path to read instead of the hub
+    columns:tuple[str|None,str|None]=(None, None), # Columns that the user named
+    notes:list[str]|None=None, # Gets sentences about what was found, for the user
 ) -> dict: # Split ('train', 'val', 'test') to `datasets.Dataset`
     "Open a data set."
-    if path is not None or entry.files is None: return load_rows(path or entry.path)
+    if path is not None or entry.files is None:
+        return load_rows(path or entry.path, *columns, notes)
     import datasets
     try:
         found = datasets.load_dataset(entry.path, data_files=entry.files,
@@ -172,13 +180,14 @@ def open_test_set(
     caption_column:str|None=None, # Column with labels or captions; None finds it
     class_names:list[str]|None=None, # Class names; None: of the entry or the data
     prompt_templates:str|list[str]|None=None, # Prompts, or name of a set; None: of the entry
+    notes:list[str]|None=None, # Gets sentences about what was found, for the user
 ) -> TestSet: # Images, class names, prompts and measure
     "Open a data set for zero-shot classification, probes or retrieval."
     entry,path = find_data(data)
-    rows = fetch_rows(entry, path)
-    features = next(iter(rows.values())).features
-    columns = choose_columns(features, entry, image_column, caption_column)
-    names,keys = choose_names(features[columns[1]], entry, class_names, path)
+    rows = fetch_rows(entry, path, (image_column, caption_column), notes)
+    first = next(iter(rows.values()))
+    columns = choose_columns(first.features, entry, image_column, caption_column)
+    names,keys = choose_names(first.features[columns[1]], entry, class_names, path)
     prompts = entry.templates if prompt_templates is None else prompt_templates
     if isinstance(prompts, str):
         prompts = [prompts] if '{}' in prompts else templates(prompts)
@@ -221,6 +230,8 @@ class DataRequest:
     caption_column:str|None = None # Column with labels or captions; None finds it
     templates:str|None = None # Prompts, or the name of a set; None: those of the data set
     limit:int = 0 # Most rows of every split, spread evenly; 0: all
+    stream:bool = False # The rows that a stream of these data keeps from training
+    weights:str|None = None # Of such a stream
     seed:int = 0 # Seed of generated scenes
 
 def limited(
@@ -235,22 +246,40 @@ def limited(
                   else {}) | dict(test=splits[request.split])
     for pairs in splits.values():
         if n and (m := len(pairs)) > n:
-            pairs.rows = pairs.rows.select([i*m//n for i in range(n)])
+            rows = [i*m//n for i in range(n)]
+            select = getattr(pairs.rows, 'select', lambda rows: [pairs.rows[i] for i in rows])
+            pairs.rows = select(rows)
     data.splits = splits
     return data
 
 # %% ../../nbs/5_evaluation/07_datasets.ipynb #4245a08a
+def stream_set(
+    data:str, # What a run streamed
+    image_size:int, # Side of the images in pixels
+    request:DataRequest, # Which rows
+    name:str|None=None, # What to call it in a table; None: its own name
+) -> TestSet: # Captions of the rows that training did not see
+    "The data of a run that streamed, with the same rows held out."
+    r = request
+    _,held = open_stream(data, image_size, r.image_column, r.caption_column, r.weights)
+    if 'test' not in held: held = dict(test=next(iter(held.values())))
+    if r.split not in held:
+        raise ValueError(f"a stream holds out {' and '.join(held)}, not --split {r.split}")
+    return TestSet(name or data, held, None, list(PLAIN), 'top_1', 'held out')
+
 def open_test_sets(
     data:str, # 'scenes', a name of the registry, 'NAME=PATH', folder, glob, or hub name
     image_size:int, # Side of the images in pixels
     request:DataRequest=DataRequest(), # Which rows
     name:str|None=None, # What to call it in a table; None: its own name
+    notes:list[str]|None=None, # Gets sentences about what was found, for the user
 ) -> list[TestSet]: # One set; of scenes three
     "Everything that a name stands for."
     r = request
+    if r.stream: return [limited(stream_set(data, image_size, r, name), r)]
     if data != 'scenes':
         found = open_test_set(data, image_size, r.split, r.image_column, r.caption_column,
-                              prompt_templates=r.templates)
+                              prompt_templates=r.templates, notes=notes)
         return [replace(limited(found, r), name=name or found.name)]
     if r.split != 'test':
         raise ValueError(f"scenes are made for the evaluation and have no split {r.split!r}; "

@@ -9,8 +9,8 @@ __all__ = ['METRICS', 'REGISTRY', 'A_PHOTO', 'Entry', 'register', 'shards_entry'
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from ..data.folders import SPLITS
-from .prompts import imagenet_names, imagenet_synsets
+from ..data.layout import SPLITS
+from ..data.names import imagenet_names, imagenet_synsets
 
 # %% ../../nbs/5_evaluation/06_registry.ipynb #dfad53ed
 METRICS = ('top_1', 'mean_per_class')

@@ -18,12 +18,13 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from ..data.pairs import Batches, Collate, corpus, leave_signals
+from ..data.captions import caption_report
 from ..data.folders import load_pairs
 from ..data.decode import train_transform
 from ..data.stream import PairStream, stream_loader
-from ..data.pairs import SkippedRows
+from ..data.pairs import sample_captions, SkippedRows
 from ..data.records import Source
-from ..data.sources import count_pairs, open_stream, stream_corpus
+from ..data.sources import count_pairs, open_stream, stream_corpus, stream_sample
 from ..model import FLIP, preset_config
 from ..official.recipe import load_tokenizer
 from .config import DataConfig, ModelConfig, TrainConfig
@@ -40,6 +41,7 @@ class RunData:
     # Function () that returns captions for a tokenizer; called only where it is needed
     captions:object
     evaluate:object # Function (model, tokenizer) that returns scores
+    sample:object = None # Function () that returns captions of single rows; None: all is well known
 
 def scene_captions(
     scenes:Scenes, # Scenes
@@ -61,13 +63,15 @@ def open_named(
         sources,held = found
         test = held.get('test', held.get('val'))
         return RunData(sources, partial(stream_corpus, sources),
-                       partial(evaluate_pairs, pairs=test, workers=workers))
+                       partial(evaluate_pairs, pairs=test, workers=workers),
+                       partial(stream_sample, sources))
     if d.data == 'scenes':
         scenes = Scenes('train', image_size, seed=config.seed)
         return RunData(scenes, partial(scene_captions, scenes),
                        partial(evaluate_scenes, size=config.log.eval_size, seed=config.seed))
+    say = print if processes()[0] == 0 and not config.log.quiet else None
     pairs = load_pairs(d.data, image_size, d.image_column, d.caption_column, d.min_area,
-                       not d.no_flip)
+                       not d.no_flip, say=say)
     if 'train' not in pairs:
         raise ValueError(f"{d.data!r} has no rows to train on; its only split is "
                          f"{', '.join(pairs)}")
@@ -77,7 +81,8 @@ def open_named(
                          f"test "
                          "split, or ten rows at least")
     return RunData(pairs['train'], partial(corpus, pairs['train']),
-                   partial(evaluate_pairs, pairs=test, workers=workers))
+                   partial(evaluate_pairs, pairs=test, workers=workers),
+                   partial(sample_captions, pairs['train']))
 
 # %% ../../nbs/7_scale/04c_loader.ipynb #8379854e
 class Triples(Dataset):
@@ -272,4 +277,8 @@ def open_model_and_data(
     elif m.init: model = load_model(m.init, m.preset)
     image_size = (model.config if model is not None else preset_config(m.preset)).image_size
     with accelerator.main_process_first(): data = open_train_data(config, image_size, dataset)
-    return (new_model(m, data.captions) if model is None else model), data
+    if model is None: model = new_model(m, data.captions)
+    if data.sample and not checkpoint and accelerator.is_main_process and not config.log.quiet:
+        report = caption_report(data.sample(), model.tokenizer, config.optim.batch_size)
+        for line in report: print(line)
+    return model, data

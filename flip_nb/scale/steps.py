@@ -48,7 +48,7 @@ def open_clip_model(
     "The same architecture, built by open_clip."
     try: from open_clip import CLIP
     except ImportError as e:
-        raise ValueError("open_clip is not installed: pip install open_clip_torch, "
+        raise ValueError("open_clip is not installed: pip install 'flip_nb[eval]', "
                          "or leave --vs away") from e
     c = config
     vision = dict(layers=c.image_depth, width=c.image_width,
