@@ -72,7 +72,7 @@ def read_json(
         raise BadRecord('caption is not JSON', str(e)[:100]) from None
     return named(value, names)
 
-# %% ../../nbs/4_data/02_captions.ipynb #e04773be
+# %% ../../nbs/4_data/02_captions.ipynb #3e064e82
 def loss_floor(
     captions:list[str], # Captions of the data, one per image
     batch_size:int, # Pairs per step over all processes
@@ -82,8 +82,9 @@ def loss_floor(
     rng,floor = torch.Generator().manual_seed(0),0.
     number = {c: i for i,c in enumerate(dict.fromkeys(captions))}
     ids = torch.tensor([number[c] for c in captions])
+    if batch_size > len(ids): ids = ids.repeat(-(-batch_size//len(ids)))
     for _ in range(batches):
-        batch = ids[torch.randint(len(ids), (batch_size,), generator=rng)]
+        batch = ids[torch.randperm(len(ids), generator=rng)[:batch_size]]    # a row comes once
         count = batch.bincount().double()
         floor += (count*count.clamp(min=1).log()).sum().item()/batch_size
     return floor/batches
