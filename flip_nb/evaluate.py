@@ -114,7 +114,6 @@ def trained_on(
     "What a run was trained on."
     config = Path(run)/'train_config.json'
     known = json.loads(config.read_text()) if config.is_file() else {}
-    if str(known.get('data')).startswith('<'): return {}         # an object, which nobody can open
     names = 'data', 'image_column', 'caption_column', 'stream', 'weights'
     return {k: known[k] for k in names if k in known}
 
@@ -150,7 +149,11 @@ def complete(
     if values['mask_ratio'] and own:
         raise ValueError(
             f"{own.pop()} chooses its own mask ratios; leave --mask_ratio out, or the task")
-    lists['data'] = lists['data'] or [trained_on(lists['runs'][0]).get('data') or 'scenes']
+    known = trained_on(lists['runs'][0]).get('data') or 'scenes'
+    if not lists['data'] and known.startswith('<'):
+        raise ValueError(f"{lists['runs'][0]!r} was trained on an object of Python, {known}; say "
+                         "with --data what to measure on")
+    lists['data'] = lists['data'] or [known]
     return build(EvaluateConfig, values | lists)
 
 # %% ../nbs/5_evaluation/15_evaluate.ipynb #7a158f02

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['count_faults', 'image_rows', 'tar_records_of', 'class_ending', 'tar_rows', 'load_fault', 'broken_parquet',
-           'check_address', 'whole_paths', 'table_rows', 'read_layout', 'load_rows', 'pair_columns', 'hold_out',
-           'describe', 'load_pairs']
+           'check_address', 'whole_paths', 'table_rows', 'number_labels', 'read_layout', 'load_rows', 'pair_columns',
+           'hold_out', 'describe', 'load_pairs']
 
-# %% ../../nbs/4_data/08_folders.ipynb #d7537e90
+# %% ../../nbs/4_data/08_folders.ipynb #4ae6e649
 import os
 from collections import Counter
 import torch
@@ -17,8 +17,8 @@ from .layout import find_layout, HUB, is_hub_name, Layout, SPLITS
 from .names import readable_names, untranslated
 from .pairs import Pairs
 from .records import (
-    beside, order_fault, read_captions, Source, stored_image, usual_endings)
-from .tables import Captioned, find_column, open_captions
+    BadShard, beside, order_fault, read_captions, Source, stored_image, usual_endings)
+from .tables import Captioned, find_column, LABEL_NAMES, open_captions
 
 # %% ../../nbs/4_data/08_folders.ipynb #ced7ea2b
 def count_faults(
@@ -51,7 +51,7 @@ def image_rows(
         {image: paths, caption: [said(p) for p in paths]}, features=features)
         for s,paths in groups.items()}
 
-# %% ../../nbs/4_data/08_folders.ipynb #9fc98441
+# %% ../../nbs/4_data/08_folders.ipynb #fd0f1a3f
 def tar_records_of(
     shards:list[str], # Tar files
     images:tuple[str,...], # Endings of images, the best first
@@ -60,13 +60,16 @@ def tar_records_of(
 ):
     "Every record of some tar files, with what is wrong with it."
     source = Source(shards, images, captions)
-    for s in range(len(source.shards)):
-        for _,key,record in source.records(s):
-            row = dict(image=None, captions=[], fault='', key=f'{source.names[s]}/{key}')
-            try: row |= dict(image=stored_image(record, source),
-                             captions=read_captions(record, source))
-            except BadRecord as e: row['fault'] = e.kind
-            yield row
+    for s,shard in enumerate(source.shards):
+        try:
+            for _,key,record in source.records(s):
+                row = dict(image=None, captions=[], fault='', key=f'{source.names[s]}/{key}')
+                try: row |= dict(image=stored_image(record, source),
+                                 captions=read_captions(record, source))
+                except BadRecord as e: row['fault'] = e.kind
+                yield row
+        except BadShard as e:
+            raise ValueError(f"{shard!r}: {e.kind}, {e}; --stream reads what is whole") from e
 
 def class_ending(
     shards:list[str], # Tar files
@@ -173,7 +176,27 @@ def table_rows(
         splits = datasets.load_dataset('parquet', data_files=layout.splits)
     return {s: whole_paths(rows, image_column, files[s]) for s,rows in splits.items()}
 
-# %% ../../nbs/4_data/08_folders.ipynb #c92e8c6f
+# %% ../../nbs/4_data/08_folders.ipynb #71667074
+def number_labels(
+    rows:dict, # Split to `datasets.Dataset`
+    caption_column:str|None=None, # Column that the user named
+) -> dict: # The same; a column of names of classes is one of class numbers
+    "Find the names of the classes in a column of text."
+    import datasets
+    features = next(iter(rows.values())).features
+    usual = [c for c,f in features.items() if c.lower() in LABEL_NAMES
+             and getattr(f, 'dtype', '') == 'string']
+    known = [c for c,f in features.items() if c.lower() in CAPTION_NAMES
+             or isinstance(f, datasets.ClassLabel)]
+    label = caption_column if caption_column in usual else next(iter(usual), None)
+    if label is None or (known and caption_column != label): return rows
+    names = sorted({v for r in rows.values() for v in r[label][:] if v})
+    number,kind = {n: i for i,n in enumerate(names)},datasets.ClassLabel(names=names)
+    encode = lambda r: r.remove_columns(label).add_column(
+        label, [number.get(v, -1) for v in r[label][:]]).cast_column(label, kind)
+    return {s: encode(r) for s,r in rows.items()}
+
+# %% ../../nbs/4_data/08_folders.ipynb #a4229263
 def read_layout(
     layout:Layout, # What lies at a path
     columns:tuple[str|None,str|None], # Columns of images and captions that the user named
@@ -206,14 +229,14 @@ def load_rows(
         raise ValueError(f"{data!r} {what}: {where}{load_fault(e)}") from e
     if layout: notes += [f'left out: {text}' for text in layout.left]
     rows = {s: loaded[n] for s,names in SPLITS.items() for n in reversed(names) if n in loaded}
-    if not rows: rows = {'train': loaded[next(iter(loaded))]}
+    rows = number_labels(rows or {'train': loaded[next(iter(loaded))]}, caption_column)
     kinds = dict(parquet='parquet files', webdataset='tar files', images='a folder of images',
                  saved='a saved data set')
     sizes = ', '.join(f"{len(r):,} in {s}" for s,r in rows.items())
     notes.insert(0, f"{data}: {kinds[layout.kind] if layout else 'a data set of the hub'}, {sizes}")
     return rows
 
-# %% ../../nbs/4_data/08_folders.ipynb #875f9335
+# %% ../../nbs/4_data/08_folders.ipynb #624244f1
 def pair_columns(
     features, # `datasets.Features`: column to type
     image_column:str|None=None, # Column with images; None finds it
@@ -226,7 +249,7 @@ def pair_columns(
     caption = find_column(columns, caption_column, CAPTION_NAMES + labels, 'caption_column')
     return image, caption, features[caption].names if caption in labels else None
 
-# %% ../../nbs/4_data/08_folders.ipynb #d611388f
+# %% ../../nbs/4_data/08_folders.ipynb #0ccf5e59
 def hold_out(
     rows, # `datasets.Dataset` with training rows
     holdout:int=1000, # Rows to keep from training; at most a tenth
@@ -241,7 +264,7 @@ def hold_out(
     pick = lambda ids: rows.select(ids.sort()[0].tolist())
     return dict(train=pick(order[:n-k]), test=pick(order[n-k:]))
 
-# %% ../../nbs/4_data/08_folders.ipynb #8e35756f
+# %% ../../nbs/4_data/08_folders.ipynb #62b6cbe5
 def describe(
     pairs:dict[str,Pairs], # Split to pairs
 ) -> list[str]: # Sentences for the user
@@ -255,7 +278,7 @@ def describe(
     words = next((w for i in range(min(100, len(first))) for w in first.captions(i)), None)
     return lines + [f"first caption: {words!r:.100}"]
 
-# %% ../../nbs/4_data/08_folders.ipynb #c8c3bd44
+# %% ../../nbs/4_data/08_folders.ipynb #644c8b52
 def load_pairs(
     data:str, # Folder, file or glob of parquet, shards or images; or a data set's name on the hub
     image_size:int, # Side of the images in pixels

@@ -126,7 +126,9 @@ def by_split(
     if not splits: return dict(train=files), []
     return splits, [f for f in files if names[f] is None]
 
-# %% ../../nbs/4_data/06_layout.ipynb #2241c7f4
+# %% ../../nbs/4_data/06_layout.ipynb #ab14971d
+HUB = 'hf://datasets/'
+
 @dataclass
 class Layout:
     "What lies at a path."
@@ -152,6 +154,8 @@ def missing(
     parent,last = os.path.split(os.path.normpath(data))
     beside = sorted(os.listdir(parent or '.')) if os.path.isdir(parent or '.') else []
     guess = nearest(last, beside).split(' Known:')[0]
+    if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', data):
+        guess += f" If it is a data set on the Hugging Face hub, write {HUB}{data}."
     return ValueError(f"{data!r} does not exist.{guess} Give a folder, a file or a glob of parquet "
                       "files, WebDataset shards or images, a table of captions, or the name of a "
                       "data set on the Hugging Face hub")
@@ -182,9 +186,7 @@ def find_layout(
     return Layout('images', root, files=files,
                   left=[f"{some(strange, root, 'file')}, {why}"] if strange else [])
 
-# %% ../../nbs/4_data/06_layout.ipynb #f4d483ab
-HUB = 'hf://datasets/'
-
+# %% ../../nbs/4_data/06_layout.ipynb #3fb4d1cf
 def is_hub_name(
     data:str, # What the user gave
 ) -> bool: # Whether it can only be a data set on the Hugging Face hub

@@ -258,7 +258,8 @@ def open_stream(
     most:int=5000, # Most rows of files named val or test
 ) -> tuple[list[Source],dict[str,Pairs]]: # Training data, and 'val' or 'test' to evaluate on
     "Open data sets for streaming."
-    parts = [p.strip() for p in re.split(r',(?![^{]*\})', data) if p.strip()]
+    whole = os.path.exists(os.path.expanduser(data))             # a comma may be part of a name
+    parts = [p.strip() for p in ([data] if whole else re.split(r',(?![^{]*\})', data)) if p.strip()]
     weights,splits = parse_weights(weights),[list_shards(p) for p in parts]
     if weights is not None and len(weights) != len(parts):
         raise ValueError(f"there are {len(parts)} data sets in {data!r} "

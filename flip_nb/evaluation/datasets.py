@@ -184,6 +184,8 @@ def open_test_set(
 ) -> TestSet: # Images, class names, prompts and measure
     "Open a data set for zero-shot classification, probes or retrieval."
     entry,path = find_data(data)
+    if notes is not None and path is None and os.path.exists(data):
+        notes.append(f"{data} is the data set of the registry; for the folder write ./{data}")
     rows = fetch_rows(entry, path, (image_column, caption_column), notes)
     first = next(iter(rows.values()))
     columns = choose_columns(first.features, entry, image_column, caption_column)

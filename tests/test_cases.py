@@ -1,0 +1,223 @@
+"Layouts of users' data: the same rows, splits and words in training, streams and evaluation."
+import io, json, os, tarfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from flip_nb.data.folders import load_pairs, load_rows
+from flip_nb.data.layout import find_layout
+from flip_nb.data.sources import open_stream
+from flip_nb.evaluate import complete, data_request
+from flip_nb.evaluation.datasets import open_test_set, open_test_sets
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path/'cache')
+    datasets.disable_progress_bars()
+    (tmp_path/'d').mkdir()
+    return tmp_path/'d'
+
+
+def jpg(seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(out := io.BytesIO(), 'JPEG')
+    return out.getvalue()
+
+
+def put(path, data=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(jpg(hash(path.name) % 99) if data is None else data if isinstance(data, bytes) else data.encode())
+
+
+def tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, 'w') as file:
+        for name,data in members:
+            info = tarfile.TarInfo(name); info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+
+
+def sizes(data, **kw): return {s: len(p) for s,p in load_pairs(str(data), 16, **kw).items()}
+
+
+@pytest.mark.parametrize('train,test', [('Train', 'Test'), ('TRAIN', 'TEST'), ('training', 'testing'), ('trainval', 'test'),
+                                        ('train2017', 'test2017'), ('train_images', 'test_images')])
+def test_split_folders_are_known_in_any_spelling(place, train, test):
+    for split,n in ((train, 6), (test, 4)):
+        for i in range(n): put(place/split/'ab'[i % 2]/f'{i}.jpg')
+    assert sizes(place) == dict(train=6, test=4)
+
+
+def test_words_in_names_of_images_and_classes_are_no_splits(place):
+    for i in range(20): put(place/('train', 'crash-test')[i % 2]/f'steam_train_{i}.jpg')
+    pairs = load_pairs(str(place), 16)
+    assert {s: len(p) for s,p in pairs.items()} == dict(train=18, test=2)
+    assert pairs['train'].label_names == ['crash-test', 'train']
+
+
+def test_files_of_no_split_are_left_out_and_named(place):
+    for name in ('train', 'test', 'more'):
+        datasets.Dataset.from_dict(dict(image=[jpg()], caption=['x'])).to_parquet(place/f'{name}.parquet')
+    notes = []
+    assert {s: len(r) for s,r in load_rows(str(place), notes=notes).items()} == dict(train=1, test=1)
+    assert any("'more.parquet', belong to no split" in n for n in notes)
+
+
+def test_folder_names_are_captions_only_where_nothing_else_is(place):
+    for i in range(10): put(place/f'0000{i % 2}'/f'{i}.jpg'); put(place/f'0000{i % 2}'/f'{i}.txt', f'words {i}')
+    pairs = load_pairs(str(place), 16, holdout=0)['train']
+    assert sorted(pairs.captions(i)[0] for i in range(10)) == [f'words {i}' for i in range(10)]
+    for p in place.rglob('*.txt'): p.unlink()
+    said = []
+    assert load_pairs(str(place), 16, holdout=0, say=said.append)['train'].label_names == ['00000', '00001']
+    assert 'names of folders, as there is nothing else' in said[0]
+
+
+def test_table_beside_two_folders_of_images(place):
+    for i in range(10): put(place/f'images_{i % 2}'/f'{i}.jpg')
+    put(place/'captions.csv', 'image,caption\n' + ''.join(f'images_{i % 2}/{i}.jpg,words {i}\n' for i in range(10)))
+    pairs = load_pairs(str(place), 16, holdout=0)['train']
+    assert [pairs.captions(i) for i in range(10)] == [[f'words {i}'] for i in range(10)]
+
+
+def test_classes_have_one_name_in_training_and_evaluation(place):
+    for n,name in enumerate(('n01440764', 'n02084071-dog', 'american_bulldog')):
+        for i in range(10): put(place/name/f'{i}.jpg')
+    names = load_pairs(str(place), 16)['train'].label_names
+    assert names == open_test_set(str(place), 16).class_names
+    assert sorted(names) == ['american bulldog', 'dog', 'tench']
+
+
+@pytest.mark.parametrize('kind', ['csv', 'sidecar', 'tar', 'parquet', 'classes'])
+def test_evaluation_measures_on_the_rows_that_training_held_out(place, kind):
+    for i in range(40):
+        if kind in ('csv', 'sidecar'): put(place/f'{i:02}.jpg')
+        if kind == 'sidecar': put(place/f'{i:02}.txt', f'words {i}')
+        if kind == 'classes': put(place/'abcd'[i % 4]/f'{i:02}.jpg')
+    if kind == 'csv': put(place/'captions.csv', 'image,caption\n' + ''.join(f'{i:02}.jpg,words {i}\n' for i in range(40)))
+    if kind == 'tar': tar(place/'0.tar', [m for i in range(40) for m in ((f'{i}.jpg', jpg(i)), (f'{i}.txt', b'words %d' % i))])
+    if kind == 'parquet':
+        rows = dict(image=[jpg(i) for i in range(40)], caption=[f'words {i}' for i in range(40)])
+        datasets.Dataset.from_dict(rows).to_parquet(place/'0.parquet')
+    held,measured = load_pairs(str(place), 16)['test'],open_test_set(str(place), 16).splits['test']
+    assert len(held) == len(measured) == 4
+    for i in range(4):
+        assert held.captions(i) == measured.captions(i)
+        assert held.read(i)[0].equal(measured.read(i)[0])
+
+
+def test_evaluation_opens_what_a_stream_held_out(place):
+    for k in range(3):
+        tar(place/'data'/f'{k}.tar', [m for i in range(10*k, 10*k + 10) for m in (
+            (f'{i}.jpg', jpg(i)), (f'{i}.json', json.dumps(dict(caption=f'words {i}')).encode()))])
+    data = f'{place}/data/{{0..2}}.tar'
+    put(place/'run'/'train_config.json', json.dumps(dict(data=data, stream=True, weights=None)))
+    config = complete(dict(runs=str(place/'run'), data=None, tasks=None, mask_ratio=0.))
+    [found] = open_test_sets(data, 16, data_request(config, data))
+    held = open_stream(data, 16)[1]['test']
+    words = lambda pairs: [pairs.captions(i)[0] for i in range(len(pairs))]
+    assert words(found.splits['test']) == words(held) == [f'words {i}' for i in range(20, 30)]
+
+
+def test_a_run_on_an_object_asks_for_data(place):
+    put(place/'run'/'train_config.json', json.dumps(dict(data='<list>')))
+    with pytest.raises(ValueError, match='was trained on an object of Python.*--data'):
+        complete(dict(runs=str(place/'run'), data=None, tasks=None, mask_ratio=0.))
+
+
+@pytest.mark.parametrize('text', ['None', 'NA', 'null', 'nan', 'N/A', '0'])
+def test_odd_words_are_captions(place, text):
+    for i in range(3): put(place/f'{i}.jpg')
+    put(place/'metadata.csv', f'file_name,text\n0.jpg,{text}\n1.jpg,\n2.jpg,a cat\n')
+    said = []
+    pairs = load_pairs(str(place), 16, holdout=0, say=said.append)['train']
+    assert [pairs.captions(i) for i in range(2)] == [[text], ['a cat']] and len(pairs) == 2
+    assert "1 x empty caption (such as '1.jpg')" in said[0]
+
+
+def test_both_readers_skip_empty_captions_in_parquet(place):
+    rows = dict(image=[jpg(i) for i in range(4)], caption=['a', '', None, 'd'])
+    datasets.Dataset.from_dict(rows).to_parquet(place/'0.parquet')
+    pairs = load_pairs(str(place), 16, holdout=0)['train']
+    assert [pairs.read(i)[2] for i in range(4)] == ['', 'empty caption', 'no caption', '']
+    sources,_ = open_stream(str(place), 16, holdout=0)
+    from flip_nb.data.sources import first_rows
+    assert [r['captions'] for r in first_rows(sources[0], 9)] == [['a'], ['d']]
+
+
+def test_tars_with_other_endings_and_missing_members(place):
+    good = [m for i in range(11) for m in ((f'{i}.{"webp" if i == 3 else "jpg"}', jpg(i)), (f'{i}.txt', b'words %d' % i))]
+    tar(place/'0.tar', good + [('11.jpg', jpg(11))])
+    said = []
+    assert len(load_pairs(str(place), 16, holdout=0, say=said.append)['train']) == 11
+    assert '1 x no caption' in said[0]
+
+
+def test_a_torn_shard_is_named(place):
+    tar(place/'0.tar', [m for i in range(4) for m in ((f'{i}.jpg', jpg(i)), (f'{i}.txt', b'words'))])
+    (place/'1.tar').write_bytes((place/'0.tar').read_bytes()[:2500])
+    with pytest.raises(ValueError, match='1.tar.: shard cut short'): load_pairs(str(place), 16)
+    rows = dict(image=[jpg(i) for i in range(50)], caption=['x']*50)
+    (place/'p').mkdir()
+    for k in range(2): datasets.Dataset.from_dict(rows).to_parquet(place/'p'/f'{k}.parquet')
+    data = bytearray((place/'p'/'1.parquet').read_bytes()); data[200:3000] = bytes(2800)
+    (place/'p'/'1.parquet').write_bytes(data)
+    try: load_pairs(str(place/'p'), 16)
+    except ValueError as e: assert '1.parquet' in str(e)
+
+
+def test_a_mistyped_path_is_no_name_of_the_hub(place, monkeypatch):
+    put(place/'mydata'/'imgs'/'0.jpg')
+    monkeypatch.chdir(place)
+    with pytest.raises(ValueError, match="Did you mean 'imgs'"): load_rows('mydata/img')
+    with pytest.raises(ValueError, match='hf://datasets/mydta/imgs'): load_rows('mydta/imgs')
+
+
+@pytest.mark.parametrize('name', ['a, b', 'a [x]', 'a*b', 'ä ö', "it's", 'a{b}'])
+def test_odd_names_of_folders(place, name):
+    for i in range(3): put(place/name/f'{i}.jpg'); put(place/name/f'{i}.txt', f'words {i}')
+    assert sizes(place/name, holdout=0) == dict(train=3)
+
+
+def test_class_folders_that_are_links(place):
+    for i in range(4): put(place/'real'/'ab'[i % 2]/f'{i}.jpg')
+    (place/'links').mkdir()
+    for c in 'ab': os.symlink(place/'real'/c, place/'links'/c)
+    assert load_pairs(str(place/'links'), 16, holdout=0)['train'].label_names == ['a', 'b']
+    assert len(find_layout(str(place/'links')).files) == 4
+
+
+def test_a_comma_in_the_name_of_a_folder_separates_nothing(place):
+    tar(place/'a, b'/'0.tar', [m for i in range(4) for m in ((f'{i}.jpg', jpg(i)), (f'{i}.txt', b'words'))])
+    assert len(open_stream(str(place/'a, b'), 16, holdout=0)[0]) == 1
+    assert len(open_stream(f"{place/'a, b'/'0.tar'}", 16, holdout=0)[0]) == 1
+
+
+def test_captions_that_repeat_are_said_once_with_the_floor_of_the_loss(place):
+    from accelerate import Accelerator
+    from flip_nb.scale.config import TrainConfig, changed, resolve
+    from flip_nb.scale.loader import open_model_and_data
+    import contextlib
+    for i in range(40): put(place/f'{i}.jpg')
+    put(place/'captions.csv', 'image,caption\n' + ''.join(f'{i}.jpg,{"ab"[i % 2]} cat\n' for i in range(40)))
+    config = resolve(changed(TrainConfig(), data=str(place), preset='tiny', batch_size=16))
+    with contextlib.redirect_stdout(io.StringIO()) as out: open_model_and_data(Accelerator(cpu=True), config)
+    assert out.getvalue().count('its InfoNCE cannot fall below 2.') == 1
+    assert "36 rows to train on (train), 4 rows to evaluate on (test)\nfirst caption: 'a cat'" in out.getvalue()
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        open_model_and_data(Accelerator(cpu=True), changed(config, quiet=True))
+    assert not out.getvalue()
+
+
+def test_samples_of_both_readers_are_captions_of_single_rows(place):
+    from flip_nb.data.pairs import sample_captions
+    from flip_nb.data.sources import stream_sample
+    kind = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=['cat', 'dog']))
+    rows = dict(image=[dict(bytes=jpg(), path=None)]*6, label=[0, 1, 1, 1, 1, 0])
+    datasets.Dataset.from_dict(rows, features=kind).to_parquet(place/'0.parquet')
+    assert sample_captions(load_pairs(str(place), 16, holdout=0)['train']) == ['cat'] + ['dog']*4 + ['cat']
+    assert sample_captions(load_pairs(str(place), 16, holdout=0)['train'], 3) == ['cat', 'dog', 'dog']
+    assert stream_sample(open_stream(str(place), 16, holdout=0)[0]) == ['cat'] + ['dog']*4 + ['cat']
