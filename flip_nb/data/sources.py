@@ -156,7 +156,7 @@ def record_captions(
     most:int, # Records to look at
 ):
     "Go through lists of captions, one for each usable record; images are skipped."
-    words,n = Source(source.shards, (), source.captions),0
+    words,n = Source(source.shards, (), source.captions, source.label_names),0
     for s in range(len(source.shards)):
         try:
             for _,_,record in words.records(s):
