@@ -201,9 +201,9 @@ def run_evaluation(
         for data,name in zip(q.data, sets):
             found += open_test_sets(data, flip.config.image_size, data_request(config, data), name,
                                     notes)
+        todo = plan(q.tasks, found)
         if notes and report is None and state.is_main_process and not config.results.quiet:
             print(*notes, sep='\n')
-        todo = plan(q.tasks, found)
         if report is None: report,work = start_report(config, state.is_main_process)
         for data,tasks in todo:
             job = Job(model, flip, tokenizer, data, work)

@@ -112,7 +112,7 @@ def decode_image(
 FAULTS = (('no image', 'there is no image|No such file'), ('empty image', 'zero bytes'),
           ('not an image', 'that Pillow knows|an image is bytes'),
           ('image cut short', 'truncated|unexpected end'), ('too large', 'decompression bomb'),
-          ('too narrow', 'as wide as high'))
+          ('too narrow', 'times as wide'))
 
 def image_fault(
     e:Exception, # What `decode_image` raised
@@ -215,8 +215,8 @@ def decode_for(
         image = decode_image(image) if smallest is None else decode_pixels(image, smallest)
     height,width = image.shape[1:] if isinstance(image, Tensor) else image.size[::-1]
     if max(height, width) > MOST_ASPECT*min(height, width):
-        raise ValueError(f'{width} by {height} pixels: more than {MOST_ASPECT} times as wide as high, '
-                         'or the reverse')
+        raise ValueError(f'{width} by {height} pixels: more than {MOST_ASPECT} times as wide as '
+                         'high, or the reverse')
     return image
 
 def load_image(

@@ -35,40 +35,44 @@ class Pairs(Dataset):
 
     def __len__(self): return len(self.rows)
 
-    def words(self,
-        i:int, # Row, for error messages
-        value, # Content of its caption column
-    ) -> tuple[list[str],str]: # Its captions, and why there are none
-        "Make captions of a value."
-        if self.label_names is not None:                           # -1: unlabelled
-            if value is None or value < 0: return [], 'no caption'
-            return [self.label_names[value]], ''
-        try: return as_captions(value), ''
-        except BadRecord as e:
-            if e.kind != 'caption is not text': return [], e.kind
-            found = str(e).removeprefix('it is ')
-            raise ValueError(f"the caption in row {i} is not text but {found}; choose another "
-                             "--caption_column") from None
-
-    def texts(self,
-        i:int, # Row, for error messages
-        value, # Content of its caption column
-    ) -> list[str]: # Its captions; empty where there is none
-        "The captions in a value."
-        return self.words(i, value)[0]
-
-    def captions(self,
-        i:int, # Row
-    ) -> list[str]: # Its captions
-        "All captions of one row."
-        return self.texts(i, self.rows[i][self.caption_column])
-
     def __getitem__(self,
         i:int, # Row
     ) -> tuple[Tensor,str,list]: # Image (3, H, W) uint8, a caption drawn at random, rows skipped
         "A training pair."
         image,captions,broken = next_good(self, i)
         return image, captions[int(torch.randint(len(captions), ()))], broken
+
+# %% ../../nbs/4_data/03_pairs.ipynb #b1c2d3e4
+@patch
+def words(self:Pairs,
+    i:int, # Row, for error messages
+    value, # Content of its caption column
+) -> tuple[list[str],str]: # Its captions, and why there are none
+    "Make captions of a value."
+    if self.label_names is not None:                           # -1: unlabelled
+        if value is None or value < 0: return [], 'no caption'
+        return [self.label_names[value]], ''
+    try: return as_captions(value), ''
+    except BadRecord as e:
+        if e.kind != 'caption is not text': return [], e.kind
+        found = str(e).removeprefix('it is ')
+        raise ValueError(f"the caption in row {i} is not text but {found}; choose another "
+                         "--caption_column") from None
+
+@patch
+def texts(self:Pairs,
+    i:int, # Row, for error messages
+    value, # Content of its caption column
+) -> list[str]: # Its captions; empty where there is none
+    "The captions in a value."
+    return self.words(i, value)[0]
+
+@patch
+def captions(self:Pairs,
+    i:int, # Row
+) -> list[str]: # Its captions
+    "All captions of one row."
+    return self.texts(i, self.rows[i][self.caption_column])
 
 # %% ../../nbs/4_data/03_pairs.ipynb #594cd038
 @patch

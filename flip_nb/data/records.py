@@ -43,7 +43,8 @@ def split_name(
     "The ending is the words behind a dot at the end of the name; the key is what comes before."
     name = member.name.rpartition('/')[2]
     found = ENDING.search(name)
-    if not member.isfile() or not found or not found.start(): return '', ''    # folder, link, hidden
+    # a folder, a link, or a hidden file
+    if not member.isfile() or not found or not found.start(): return '', ''
     return member.name[:-len(found[0])], found[0][1:].lower()
 
 # %% ../../nbs/4_data/04_records.ipynb #39e4462b
@@ -236,6 +237,7 @@ def order_fault(
     return (f"the members of one record do not lie together in {path!r}; sort them: mkdir new && "
             f"tar xf {os.path.basename(path)} -C new && tar --sort=name -cf sorted.tar -C new .")
 
+# %% ../../nbs/4_data/04_records.ipynb #5e83d95c
 def stored_captions(
     record:dict, # Content by column or ending
     source:Source, # Where it comes from

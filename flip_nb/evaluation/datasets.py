@@ -269,6 +269,7 @@ def stream_set(
         raise ValueError(f"a stream holds out {' and '.join(held)}, not --split {r.split}")
     return TestSet(name or data, held, None, list(PLAIN), 'top_1', 'held out')
 
+# %% ../../nbs/5_evaluation/07_datasets.ipynb #e1d1a637
 def open_test_sets(
     data:str, # 'scenes', a name of the registry, 'NAME=PATH', folder, glob, or hub name
     image_size:int, # Side of the images in pixels
