@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_captions', 'Pairs', 'next_good', 'AllRows', 'corpus', 'Collate', 'pair_seed', 'shuffled', 'own_rng', 'share_of',
-           'draw_items', 'Batches', 'SkippedRows', 'leave_signals', 'end_workers']
+           'draw_items', 'Batches', 'SkippedRows', 'leave_signals', 'WorkerLoader', 'end_loop', 'end_workers']
 
 # %% ../../nbs/4_data/02_pairs.ipynb #9e45a5ba
 import atexit, hashlib, json, multiprocessing.util, signal
@@ -265,12 +265,40 @@ class SkippedRows:
                          f"more than {self.most:.0%}: {kinds}; see {self.path}. "
                          "Mend the data, or allow more with --max_broken")
 
+# %% ../../nbs/4_data/02_pairs.ipynb #5d0c41aa
+import os, threading
+from torch.utils.data import DataLoader
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
+
 # %% ../../nbs/4_data/02_pairs.ipynb #b2bb3bb7
 def leave_signals(
     worker:int, # Number of a worker, as `DataLoader` gives it to its `worker_init_fn`
 ):
     "Let a worker ignore SIGINT and SIGTERM."
     for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_IGN)
+
+class WorkerLoader(DataLoader):
+    "A `DataLoader` whose workers end with the loop over it, however that ends."
+    def __iter__(self):
+        batches,owner = super().__iter__(),os.getpid()
+        try: yield from batches
+        finally:
+            if os.getpid() == owner: end_loop(batches)          # not in a copy of the process
+
+def end_loop(
+    batches, # Iterator of a `DataLoader`
+    patience:float=2., # Seconds that a worker has to end by itself
+):
+    "End the workers of a loop; one that does not answer is killed."
+    workers = [w for w in getattr(batches, '_workers', ()) if w.is_alive()]
+    if not workers: return
+    _remove_worker_pids(id(batches))                            # their end is no error
+    batches._worker_pids_set = False
+    killer = threading.Timer(patience, lambda: [w.kill() for w in workers])
+    killer.daemon = True
+    killer.start()
+    try: batches._shutdown_workers()
+    finally: killer.cancel()
 
 def end_workers():
     "Kill the workers that are left when Python ends."
