@@ -8,6 +8,7 @@ __all__ = ['RunData', 'scene_captions', 'open_named', 'Triples', 'no_scores', 'o
 
 # %% ../../nbs/7_scale/04c_loader.ipynb #e767d1ac
 import sys
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from ..data.pairs import Batches, Collate, corpus, leave_signals
+from ..data.pairs import Batches, Collate, WorkerLoader, corpus, leave_signals
 from ..data.folders import load_pairs
 from ..data.decode import train_transform
 from ..data.stream import PairStream, stream_loader
@@ -160,7 +161,7 @@ def make_loader(
     "The batches of this process."
     batches = Batches(pairs, collate, batch_size, seed, noise, accelerator.process_index,
                       accelerator.num_processes)
-    return DataLoader(
+    return WorkerLoader(
         batches, batch_size=None, sampler=steps, num_workers=workers, generator=torch.Generator(),
         pin_memory=accelerator.device.type == 'cuda', worker_init_fn=leave_signals)
 
@@ -208,12 +209,16 @@ def deliver(
     device:torch.device, # Where they go
     lanes:dict, # Gets the place of every reader of a stream
     skipped:SkippedRows, # Gets the rows that could not be read
-): # Iterator of batches
+    waiting=nullcontext, # Function () that returns the context in which a batch is waited for
+): # Iterator of batches; close it, and the workers end
     "Hand out batches and keep the books."
-    for batch in loader:
-        skipped.add(batch.pop('broken'), len(batch['rows']))
-        if state := batch.pop('state', None): lanes[state['lane']] = state
-        yield send_to_device(batch, device, non_blocking=True)
+    with closing(iter(loader)) as batches:
+        while True:
+            with waiting(): batch = next(batches, None)
+            if batch is None: return
+            skipped.add(batch.pop('broken'), len(batch['rows']))
+            if state := batch.pop('state', None): lanes[state['lane']] = state
+            yield send_to_device(batch, device, non_blocking=True)
 
 # %% ../../nbs/7_scale/04c_loader.ipynb #0cd794c9
 def new_model(
