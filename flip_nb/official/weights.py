@@ -110,8 +110,8 @@ def check_chunk(
         if f.tell() < 18: return
         f.seek(-4, 2); size = int.from_bytes(f.read(4), 'little')
     if size > most:
-        raise ValueError(f"chunk {file.name} of the array {file.parent.name} unpacks to {size:,} "
-                         f"bytes instead of {most:,}")
+        raise ValueError(f"the array {file.parent.name} cannot be read: its chunk {file.name} "
+                         f"unpacks to {size:,} bytes instead of {most:,}; perhaps it was cut short")
 
 # %% ../../nbs/6_official/04_weights.ipynb #82758452
 def read_index(
