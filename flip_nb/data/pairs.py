@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_captions', 'Pairs', 'next_good', 'AllRows', 'corpus', 'Collate', 'pair_seed', 'shuffled', 'own_rng', 'share_of',
-           'draw_items', 'Batches', 'SkippedRows', 'leave_signals', 'WorkerLoader', 'end_loop', 'end_workers']
+           'draw_items', 'Batches', 'SkippedRows', 'leave_signals', 'end_with', 'WorkerLoader', 'end_loop',
+           'end_workers']
 
 # %% ../../nbs/4_data/02_pairs.ipynb #9e45a5ba
 import atexit, hashlib, json, multiprocessing.util, signal
@@ -266,7 +267,7 @@ class SkippedRows:
                          "Mend the data, or allow more with --max_broken")
 
 # %% ../../nbs/4_data/02_pairs.ipynb #5d0c41aa
-import os, threading
+import os, threading, time
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
@@ -274,8 +275,17 @@ from torch.utils.data._utils.signal_handling import _remove_worker_pids
 def leave_signals(
     worker:int, # Number of a worker, as `DataLoader` gives it to its `worker_init_fn`
 ):
-    "Let a worker ignore SIGINT and SIGTERM."
+    "Let a worker ignore SIGINT and SIGTERM; it ends with the process that started it."
     for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_IGN)
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=end_with, args=(parent.pid,), daemon=True).start()
+
+def end_with(
+    parent:int, # Number of a process
+):
+    "End this process when its parent is gone, also out of a read that never returns."
+    while os.getppid() == parent: time.sleep(1)
+    os._exit(1)
 
 class WorkerLoader(DataLoader):
     "A `DataLoader` whose workers end with the loop over it, however that ends."
