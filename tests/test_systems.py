@@ -66,6 +66,7 @@ for path in sorted(pathlib.Path({str(root/'flip_nb')!r}).rglob('*.py')):
     name = '.'.join(path.relative_to({str(root)!r}).with_suffix('').parts)
     if not path.stem.startswith('_'): importlib.import_module(name)
 import flip_nb.scale.checkpoint as c, signal, time
+from flip_nb.scale.loader import data_waiting
 from flip_nb.scale.clock import machine
 from flip_nb.train import train
 from flip_nb.finetune import finetune
@@ -79,9 +80,10 @@ assert results['skipped_steps'] == 0 and pathlib.Path('run/checkpoints/step-0000
 assert train(dataset=Data(), resume='run', quiet=True) == results
 assert machine(torch.device('cpu'))['cores'] >= 1
 try:
-    with c.StopRequest(grace=.2) as stop:
+    stop = c.StopRequest(grace=.2)
+    with stop:
         signal.raise_signal(signal.SIGTERM)
-        with c.waiting_for_data(stop):
+        with data_waiting(stop)():
             for _ in range(600): time.sleep(.05)    # as a loader does, which looks up now and then
 except c.Stalled as e: print('out of', e)
 '''

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_captions', 'Pairs', 'next_good', 'AllRows', 'corpus', 'Collate', 'pair_seed', 'shuffled', 'own_rng', 'share_of',
-           'draw_items', 'Batches', 'SkippedRows', 'leave_signals', 'end_with', 'WorkerLoader', 'end_loop',
-           'end_workers']
+           'draw_items', 'Batches', 'SkippedRows', 'leave_signals', 'end_with', 'end_workers', 'WorkerLoader',
+           'end_loop']
 
 # %% ../../nbs/4_data/02_pairs.ipynb #9e45a5ba
 import atexit, hashlib, json, multiprocessing.util, signal
@@ -285,8 +285,17 @@ def end_with(
 ):
     "End this process when its parent is gone, also out of a read that never returns."
     while os.getppid() == parent: time.sleep(1)
-    os._exit(1)
+    os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))
 
+def end_workers():
+    "Kill the workers that are left when Python ends."
+    left = [process for process in multiprocessing.active_children() if process.daemon]
+    if left and hasattr(signal, 'SIGCHLD'): signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in left: process.kill()                         # no second error about their end
+
+atexit.register(end_workers)    # runs before the waiting of multiprocessing, which came first
+
+# %% ../../nbs/4_data/02_pairs.ipynb #9f27d4c1
 class WorkerLoader(DataLoader):
     "A `DataLoader` whose workers end with the loop over it, however that ends."
     def __iter__(self):
@@ -309,11 +318,3 @@ def end_loop(
     killer.start()
     try: batches._shutdown_workers()
     finally: killer.cancel()
-
-def end_workers():
-    "Kill the workers that are left when Python ends."
-    left = [process for process in multiprocessing.active_children() if process.daemon]
-    if left and hasattr(signal, 'SIGCHLD'): signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for process in left: process.kill()                         # no second error about their end
-
-atexit.register(end_workers)    # runs before the waiting of multiprocessing, which came first

@@ -6,12 +6,12 @@
 __all__ = ['PLAIN', 'EXIT_RESUMABLE', 'checkpoints', 'checkpoint_step', 'discard', 'save_checkpoint', 'latest_checkpoint',
            'mark_best', 'check_plain', 'save_state', 'read_state', 'random_state', 'set_random_state', 'bare',
            'parameter_names', 'whole', 'training_state', 'check_fit', 'placed', 'load_training_state', 'Interrupted',
-           'Stalled', 'StopRequest', 'waiting_for_data', 'is_stalled', 'watch', 'agree']
+           'Stalled', 'first_signal', 'StopRequest', 'agree']
 
 # %% ../../nbs/7_scale/04_checkpoint.ipynb #c21db465
-import _thread, os, pickle, random, re, shutil, signal, threading, time
+import os, pickle, random, re, shutil, signal, threading, time
 from collections import OrderedDict
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 import numpy as np
@@ -279,6 +279,16 @@ class Interrupted(KeyboardInterrupt):
 class Stalled(KeyboardInterrupt):
     "Training was asked to stop while it waits for data."
 
+def first_signal(
+    number:int, # Signal
+) -> str: # Its name
+    "Acknowledge a request to stop; print may be in the middle of something."
+    name,again = signal.Signals(number).name,'Ctrl-C'
+    if number == signal.SIGINT: again = 'a second Ctrl-C'
+    with suppress(OSError):
+        os.write(2, f'\n{name}: finishing this step, then saving; {again} stops at once\n'.encode())
+    return name
+
 # %% ../../nbs/7_scale/04_checkpoint.ipynb #ef7c3d4c
 class StopRequest:
     "The first SIGTERM or SIGINT is only remembered in `signal`; a second SIGINT stops at once."
@@ -287,13 +297,12 @@ class StopRequest:
         patience:float=1.,
         grace:float=5., # Seconds that waiting for data may last after a signal
     ):
-        self.signal,self.patience,self.since,self.old = '',patience,0.,{}
-        self.grace,self.idle,self.again,self.over = grace,False,False,threading.Event()
+        self.signal,self.patience,self.grace,self.since,self.old = '',patience,grace,0.,{}
+        self.idle,self.repeated,self.over = False,False,threading.Event()
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # others may not handle signals
             self.old = {s: signal.signal(s, self.receive) for s in (signal.SIGTERM, signal.SIGINT)
                         if signal.getsignal(s) is not signal.SIG_IGN}
-            threading.Thread(target=watch, args=(self,), daemon=True).start()
         return self
     def __exit__(self, kind, *error):
         self.over.set()
@@ -313,46 +322,13 @@ class StopRequest:
         frame, # Where the program was
     ):
         "What happens on a signal."
-        if not self.signal:
-            self.signal,self.since = signal.Signals(number).name,time.monotonic()
-            again = 'a second Ctrl-C' if number == signal.SIGINT else 'Ctrl-C'
-            # print may be in the middle of something
-            with suppress(OSError):
-                os.write(2, f'\n{self.signal}: finishing this step, then saving; {again} stops at '
-                            f'once\n'.encode())
-        elif self.again:
-            self.again = False
-            if is_stalled(self): raise Stalled(self.signal)
+        if not self.signal: self.signal,self.since = first_signal(number),time.monotonic()
+        elif self.repeated:                                     # by a thread that waits with us
+            self.repeated = False
+            if self.idle: raise Stalled(self.signal)
         elif number == signal.SIGINT and time.monotonic() - self.since >= self.patience:
             signal.signal(signal.SIGINT, self.old[signal.SIGINT] or signal.SIG_DFL)
             raise KeyboardInterrupt
-
-# %% ../../nbs/7_scale/04_checkpoint.ipynb #7c1de90b
-@contextmanager
-def waiting_for_data(
-    stop:StopRequest, # That of this process
-):
-    "While inside, nothing is half done, and a request to stop may break in."
-    stop.idle = True
-    try: yield
-    finally: stop.idle = False
-
-def is_stalled(
-    stop:StopRequest, # That of this process
-) -> bool: # Whether a request waits for data, and has waited long enough
-    "Is it time to leave without the next batch?"
-    return bool(stop.signal and stop.idle and time.monotonic() - stop.since >= stop.grace)
-
-def watch(
-    stop:StopRequest, # That of this process
-):
-    "Repeat a signal that the main thread cannot obey; runs in a thread."
-    main = threading.main_thread().ident
-    while not stop.over.wait(.5):
-        if not is_stalled(stop): continue
-        stop.again,number = True,signal.Signals[stop.signal]
-        if hasattr(signal, 'pthread_kill'): signal.pthread_kill(main, number)
-        else: _thread.interrupt_main(number)                    # Windows
 
 # %% ../../nbs/7_scale/04_checkpoint.ipynb #da511537
 def agree(

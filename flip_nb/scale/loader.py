@@ -4,11 +4,16 @@
 
 # %% auto #0
 __all__ = ['RunData', 'scene_captions', 'open_named', 'Triples', 'no_scores', 'open_object', 'open_train_data', 'noise_sizes',
-           'make_loader', 'make_stream', 'count_rows', 'deliver', 'new_model', 'load_model', 'open_model_and_data']
+           'make_loader', 'make_stream', 'data_waiting', 'count_rows', 'deliver', 'new_model', 'load_model',
+           'open_model_and_data']
 
 # %% ../../nbs/7_scale/04c_loader.ipynb #e767d1ac
+import _thread
+import signal
 import sys
-from contextlib import closing, nullcontext
+import threading
+import time
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -27,6 +32,7 @@ from ..data.records import Source
 from ..data.sources import count_pairs, open_stream, stream_corpus
 from ..model import FLIP, preset_config
 from ..official.recipe import load_tokenizer
+from .checkpoint import StopRequest
 from .config import DataConfig, ModelConfig, TrainConfig
 from ..scenes import Scenes, caption_scenes
 from ..text import CaptionTokenizer
@@ -184,6 +190,28 @@ def make_stream(
                            worker_init_fn=leave_signals)
     if loader.note and accelerator.is_main_process: print(loader.note, file=sys.stderr)
     return loader
+
+# %% ../../nbs/7_scale/04c_loader.ipynb #7c1de90b
+def data_waiting(
+    stop:StopRequest, # That of this process
+): # Function () that returns the context in which data are waited for
+    "While data are waited for nothing is half done, and a request to stop may break in."
+    @contextmanager
+    def waiting():
+        stop.idle = True
+        try: yield
+        finally: stop.idle = False
+    def watch():
+        main = threading.main_thread().ident
+        while not stop.over.wait(.5):
+            if not stop.idle or not stop.signal: continue
+            if time.monotonic() - stop.since < stop.grace: continue
+            stop.repeated,number = True,signal.Signals[stop.signal]
+            if hasattr(signal, 'pthread_kill'): signal.pthread_kill(main, number)
+            else: _thread.interrupt_main(number)                # Windows
+    if threading.current_thread() is threading.main_thread():   # others may not handle signals
+        threading.Thread(target=watch, daemon=True).start()
+    return waiting
 
 # %% ../../nbs/7_scale/04c_loader.ipynb #b0dad57e
 def count_rows(

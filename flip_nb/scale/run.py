@@ -280,6 +280,7 @@ def ending(
         run.accelerator.end_training()
         if lock: lock.close()
 
+# %% ../../nbs/7_scale/04d_run.ipynb #3ce8a951
 @contextmanager
 def final_files(
     folder:Path, # Run folder

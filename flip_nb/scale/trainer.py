@@ -32,10 +32,11 @@ from ..distributed import global_info_nce
 from ..model import FLIP
 from .accumulate import cached_backward, checkpoint_blocks, compile_towers, split_batch
 from .beside import Evaluations
-from .checkpoint import StopRequest, agree, waiting_for_data
+from .checkpoint import StopRequest, agree
 from .config import TrainConfig, changed, fill_in_steps, stages_of
-from .loader import (
-    RunData, count_rows, deliver, make_loader, make_stream, noise_sizes, open_model_and_data)
+from flip_nb.scale.loader import (
+    RunData, count_rows, data_waiting, deliver, make_loader, make_stream, noise_sizes,
+    open_model_and_data)
 from .options import flatten
 from .results import describe_run, finish_run
 from .run import (
@@ -293,23 +294,20 @@ class Trainer:
 
     def run(self) -> dict: # What is in results.json
         "Train stage by stage: log, save, evaluate, stop when asked, write results."
-        parts = self.parts
-        c,run,log_every = parts.config,parts.run,parts.config.log.log_every
+        parts,c,run = self.parts,self.parts.config,self.parts.run
         a,p,alone = run.accelerator,run.progress,run.accelerator.num_processes == 1
         stages,stop = stages_of(c),StopRequest()
-        waiting = partial(waiting_for_data, stop)
-        end = ending(parts.checkpoints, parts.skipped, c.machine.timeout, parts.lock)
-        feed = deliver(parts.loader, a.device, p.lanes, parts.skipped, waiting)
-        with stop, end, closing(feed) as batches:
+        waiting = data_waiting(stop)
+        with (stop, ending(parts.checkpoints, parts.skipped, c.machine.timeout, parts.lock),
+              closing(deliver(parts.loader, a.device, p.lanes, parts.skipped, waiting)) as batches):
             for stage in stages[p.stage:]:
                 begin_stage(parts, stage)
                 bar = progress_bar(stage, p.step, c.log.quiet or not a.is_main_process)
                 since = time.perf_counter()
                 for step in training_steps(a, run.wrapped, run.optimizer, run.schedule, batches,
-                                           stage,
-                                           parts.backward, p.step):
+                                           stage, parts.backward, p.step):
                     p.add(step); bar.update()
-                    due = step.is_due(log_every)
+                    due = step.is_due(c.log.log_every)
                     asked = agree(stop) if due or alone else ''
                     if not due and not asked: continue
                     p.spend(since, a.device)
@@ -321,8 +319,7 @@ class Trainer:
                     since = time.perf_counter()
                 bar.close()
                 with waiting() if alone else nullcontext():
-                    results = parts.evaluations.finish(stage)
-                end_stage(p, results)
+                    end_stage(p, parts.evaluations.finish(stage))
             parts.evaluations.shadow.wait()
             kinds = sum((Counter(k) for k in gather_objects(dict(parts.skipped.kinds))), Counter())
             seconds = time.perf_counter() - parts.began

@@ -26,9 +26,9 @@ from ..files import lock_folder, log_files, new_run_folder, write_json
 from ..loop import (
     Stage, Step, TrainingDiverged, loss_backward, scaled_lr, towers, training_steps)
 from ..model import FLIP
-from ..scale.checkpoint import StopRequest, agree, latest_checkpoint, waiting_for_data
+from ..scale.checkpoint import StopRequest, agree, latest_checkpoint
 from ..scale.config import SaveConfig
-from ..scale.loader import deliver, make_loader
+from ..scale.loader import data_waiting, deliver, make_loader
 from ..scale.options import build, check, flatten, option
 from ..scale.run import (
     Checkpoints, Progress, Run, check_identity, count_bad_steps, cut_logs, ending, final_files,
@@ -324,7 +324,7 @@ def run_finetuning(
     stage,alone = tuning_stage(c),a.num_processes == 1
     loss = partial(classification_loss, label_smoothing=t.label_smoothing)
     stop = StopRequest()
-    feed = deliver(parts.loader, a.device, p.lanes, parts.skipped, partial(waiting_for_data, stop))
+    feed = deliver(parts.loader, a.device, p.lanes, parts.skipped, data_waiting(stop))
     end = ending(parts.checkpoints, parts.skipped, c.device.timeout, parts.lock)
     with stop, end, closing(feed) as batches:
         run.begin(stage, t.weight_decay, parts.groups, saved)
