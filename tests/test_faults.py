@@ -54,7 +54,7 @@ class Command:
             assert time.monotonic() < end, f'{words!r} was not printed:\n{self.text()[-3000:]}'
             time.sleep(.01)
 
-    def wait(self, seconds=60):
+    def wait(self, seconds=120):
         "Its exit code; it is an error if it does not end."
         killer = threading.Timer(seconds, os.killpg, (self.pid, signal.SIGKILL))
         killer.start()
@@ -255,7 +255,7 @@ def test_storage_that_does_not_answer(run, whole, data, workers, tmp_path):
     c = run('--data', data, '--out', 'run', *usual, '--workers', workers, before=stalled.format(20 if workers else 40))
     while not (tmp_path/'run'/'metrics.jsonl').exists(): time.sleep(.01)
     time.sleep(.5); c.kill(signal.SIGTERM); began = time.monotonic()
-    assert c.wait() == 75 and time.monotonic() - began < 15, c.text()
+    assert c.wait() == 75 and time.monotonic() - began < 30, c.text()
     (tmp_path/'pipe').unlink()
     resumes(run, whole)
 
@@ -264,7 +264,7 @@ def test_two_ctrl_c_while_storage_does_not_answer(run, data, tmp_path):
     c = run('--data', data, '--out', 'run', *usual, '--workers', 2, before=stalled.format(20).replace('grace=1.', 'grace=60.'))
     while not (tmp_path/'run'/'metrics.jsonl').exists(): time.sleep(.01)
     os.killpg(c.pid, signal.SIGINT); time.sleep(1.2); os.killpg(c.pid, signal.SIGINT); began = time.monotonic()
-    assert c.wait() in (130, -signal.SIGINT) and time.monotonic() - began < 15, c.text()
+    assert c.wait() in (130, -signal.SIGINT) and time.monotonic() - began < 30, c.text()
 
 
 def test_a_killed_run_leaves_no_worker_that_waits(run, data, tmp_path):
