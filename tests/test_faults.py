@@ -250,11 +250,17 @@ trainer.contrastive_backward = backward
     assert 'Traceback' in c.text() and '\nRuntimeError: a cable was pulled\n' in c.text(), c.text()
 
 
+def until_stalled(folder):
+    "Wait until four steps are done and saved, and the next batch does not come."
+    while not (folder/'run'/'checkpoints'/'step-00000004').exists(): time.sleep(.01)
+    time.sleep(1)
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_storage_that_does_not_answer(run, whole, data, workers, tmp_path):
     c = run('--data', data, '--out', 'run', *usual, '--workers', workers, before=stalled.format(20 if workers else 40))
-    while not (tmp_path/'run'/'metrics.jsonl').exists(): time.sleep(.01)
-    time.sleep(.5); c.kill(signal.SIGTERM); began = time.monotonic()
+    until_stalled(tmp_path)
+    c.kill(signal.SIGTERM); began = time.monotonic()
     assert c.wait() == 75 and time.monotonic() - began < 30, c.text()
     (tmp_path/'pipe').unlink()
     resumes(run, whole)
@@ -262,14 +268,14 @@ def test_storage_that_does_not_answer(run, whole, data, workers, tmp_path):
 
 def test_two_ctrl_c_while_storage_does_not_answer(run, data, tmp_path):
     c = run('--data', data, '--out', 'run', *usual, '--workers', 2, before=stalled.format(20).replace('grace=1.', 'grace=60.'))
-    while not (tmp_path/'run'/'metrics.jsonl').exists(): time.sleep(.01)
+    until_stalled(tmp_path)
     os.killpg(c.pid, signal.SIGINT); time.sleep(1.2); os.killpg(c.pid, signal.SIGINT); began = time.monotonic()
     assert c.wait() in (130, -signal.SIGINT) and time.monotonic() - began < 30, c.text()
 
 
 def test_a_killed_run_leaves_no_worker_that_waits(run, data, tmp_path):
     c = run('--data', data, '--out', 'run', *usual, '--workers', 2, before=stalled.format(20))
-    while not (tmp_path/'run'/'metrics.jsonl').exists(): time.sleep(.01)
+    until_stalled(tmp_path)
     c.kill(signal.SIGKILL)
     assert c.wait() == -signal.SIGKILL    # and looks for workers
 
