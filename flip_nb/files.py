@@ -16,7 +16,7 @@ def sync(
     path:Path, # File or folder
 ):
     "Wait until what was written is on the disk."
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)   # as Windows wants
     try: os.fsync(handle)
     finally: os.close(handle)
 
@@ -182,13 +182,23 @@ class LogFile:
     ):
         "Write all lines that wait, and this one."
         self.waiting.append(line)
+        if not (fault := self.flush()) or self.refused: return
+        print(f"{self.path} cannot be written ({fault}): the run continues, and the lines wait "
+              "in memory", file=sys.stderr)
+        self.refused = True
+
+    def flush(self) -> str: # Why the disk refuses; '' if all is written
+        "Write all lines that wait."
         try:
             while self.waiting: append_line(self.path, self.waiting[0]); del self.waiting[0]
-        except OSError as e:
-            if self.refused: return
-            print(f"{self.path} cannot be written ({e.strerror}): the run continues, and the lines "
-                  "wait in memory", file=sys.stderr)
-            self.refused = True
+        except OSError as e: return e.strerror or str(e)
+        return ''
+
+    def close(self):
+        "The last chance of lines that wait."
+        if fault := self.flush():
+            print(f"{len(self.waiting)} lines are missing in {self.path}, which cannot be written "
+                  f"({fault})", file=sys.stderr)
 
 # %% ../nbs/4_data/00_files.ipynb #6783c00a
 def lock_folder(

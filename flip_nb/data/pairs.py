@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Pairs', 'next_good', 'AllRows', 'corpus', 'sample_captions', 'Collate', 'pair_seed', 'shuffled', 'own_rng',
-           'share_of', 'draw_items', 'Batches', 'SkippedRows', 'leave_signals', 'end_workers']
+           'share_of', 'draw_items', 'Batches', 'SkippedRows', 'leave_signals', 'end_with', 'end_workers',
+           'WorkerLoader', 'end_loop']
 
 # %% ../../nbs/4_data/03_pairs.ipynb #9e45a5ba
 import atexit, hashlib, multiprocessing.util, signal
@@ -281,12 +282,26 @@ class SkippedRows:
                          f"more than {self.most:.0%}: {kinds}; see {self.path}. "
                          "Mend the data, or allow more with --max_broken")
 
+# %% ../../nbs/4_data/03_pairs.ipynb #5d0c41aa
+import os, threading, time
+from torch.utils.data import DataLoader
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
+
 # %% ../../nbs/4_data/03_pairs.ipynb #b2bb3bb7
 def leave_signals(
     worker:int, # Number of a worker, as `DataLoader` gives it to its `worker_init_fn`
 ):
-    "Let a worker ignore SIGINT and SIGTERM."
+    "Let a worker ignore SIGINT and SIGTERM; it ends with the process that started it."
     for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_IGN)
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=end_with, args=(parent.pid,), daemon=True).start()
+
+def end_with(
+    parent:int, # Number of a process
+):
+    "End this process when its parent is gone, also out of a read that never returns."
+    while os.getppid() == parent: time.sleep(1)
+    os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))
 
 def end_workers():
     "Kill the workers that are left when Python ends."
@@ -295,3 +310,27 @@ def end_workers():
     for process in left: process.kill()                         # no second error about their end
 
 atexit.register(end_workers)    # runs before the waiting of multiprocessing, which came first
+
+# %% ../../nbs/4_data/03_pairs.ipynb #9f27d4c1
+class WorkerLoader(DataLoader):
+    "A `DataLoader` whose workers end with the loop over it, however that ends."
+    def __iter__(self):
+        batches,owner = super().__iter__(),os.getpid()
+        try: yield from batches
+        finally:
+            if os.getpid() == owner: end_loop(batches)          # not in a copy of the process
+
+def end_loop(
+    batches, # Iterator of a `DataLoader`
+    patience:float=2., # Seconds that a worker has to end by itself
+):
+    "End the workers of a loop; one that does not answer is killed."
+    workers = [w for w in getattr(batches, '_workers', ()) if w.is_alive()]
+    if not workers: return
+    _remove_worker_pids(id(batches))                            # their end is no error
+    batches._worker_pids_set = False
+    killer = threading.Timer(patience, lambda: [w.kill() for w in workers])
+    killer.daemon = True
+    killer.start()
+    try: batches._shutdown_workers()
+    finally: killer.cancel()

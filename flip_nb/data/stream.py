@@ -11,9 +11,9 @@ import bisect, itertools
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info, IterableDataset
+from torch.utils.data import get_worker_info, IterableDataset
 from .lanes import Lane
-from .pairs import own_rng, pair_seed, share_of
+from .pairs import WorkerLoader, own_rng, pair_seed, share_of
 from .captions import BadRecord
 from .records import read_captions, read_image, Source
 
@@ -155,7 +155,7 @@ def lane_batches(
         yield stream.collate(items) | noise | dict(rows=keys, broken=faults, state=state)
 
 # %% ../../nbs/4_data/12_stream.ipynb #a4a6b322
-class StreamLoader(DataLoader):
+class StreamLoader(WorkerLoader):
     "A `DataLoader` that reports a worker's error in one sentence."
     note = '' # Sentence for the user where reading could not resume exactly
 

@@ -16,12 +16,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
-from ..data.pairs import AllRows, leave_signals, Pairs
+from ..data.pairs import AllRows, Pairs, WorkerLoader, leave_signals
 from ..data.decode import eval_transform
 from ..distributed import gather_objects, processes
-from .scores import good_batch_size
+from .scores import StackedRows, good_batch_size, stack_rows
 from ..files import write_json
 from ..model import FLIP, to_float
 from ..zero_shot import evaluating
@@ -138,18 +138,16 @@ def open_store(
 # %% ../../nbs/5_evaluation/01_features.ipynb #9eb84e2c
 def embed_batch(
     flip:FLIP, # The model
-    items:list, # Rows: images, or tuples (image or None, ..., what is wrong)
+    rows:StackedRows, # What `stack_rows` returned
     start:int, # Number of the first of them
     kind:FeatureKind, # Which features
 ) -> tuple[int,np.ndarray|None,dict]: # Rows, features of readable ones or None, faults
     "Embed the readable images of a batch."
-    items = [item if isinstance(item, tuple) else (item, '') for item in items]
-    skipped = {str(i): item[-1] for i,item in enumerate(items, start) if item[0] is None}
-    good = [item[0] for item in items if item[0] is not None]
-    if not good: return len(items), None, skipped
+    skipped = {str(start + i): fault for i,fault in rows.faults.items()}
+    if not rows.places: return rows.size, None, skipped
     with evaluating(flip, kind.seed + start):
-        z = image_features(flip, torch.stack(good), kind.projected, kind.mask_ratio)
-        return len(items), z.cpu().numpy(), skipped
+        z = image_features(flip, rows.images, kind.projected, kind.mask_ratio)
+        return rows.size, z.cpu().numpy(), skipped
 
 def add_part(
     part:tuple, # What `embed_batch` returned
@@ -226,9 +224,10 @@ def extract_features(
     size = batch_size or good_batch_size(next(flip.parameters()).device)
     batches = [range(len(data))[i:i+size] for i in range(first, len(data), size)]
     def embed(batches):
-        loader = DataLoader(data, batch_sampler=batches, num_workers=workers, collate_fn=list,
-                            generator=torch.Generator(), worker_init_fn=leave_signals)
-        for batch,items in zip(batches, loader): yield embed_batch(flip, items, batch.start, kind)
+        loader = WorkerLoader(data, batch_sampler=batches, num_workers=workers,
+                              collate_fn=stack_rows, generator=torch.Generator(),
+                              worker_init_fn=leave_signals)
+        for batch,rows in zip(batches, loader): yield embed_batch(flip, rows, batch.start, kind)
     with tqdm(total=len(data), initial=first, desc='features', unit='image', delay=1,
               disable=quiet or not main) as bar:
         def save():

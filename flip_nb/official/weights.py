@@ -19,6 +19,7 @@ import torch
 from fastcore.script import call_parse
 from tqdm import tqdm
 from ..model import FLIP, FLIPConfig, PRESETS, make_config
+from .chunks import check_chunk, check_size
 from .parity import RELEASED, check_shapes, from_official, infer_config, to_ours
 from .recipe import load_tokenizer
 from ..text import CaptionTokenizer
@@ -91,6 +92,7 @@ def read_index(
     "Read the names of all arrays."
     import msgpack
     file = f'{root.name}/{INDEX}'
+    check_size(root/INDEX, 2**26)
     try:
         tree = msgpack.unpackb((root/INDEX).read_bytes(), ext_hook=inline_array,
                                strict_map_key=False)
@@ -118,7 +120,8 @@ def odd_field(
     found = dict(meta, compressor=meta['compressor'] and meta['compressor']['id'],
                  dimension_separator=meta.get('dimension_separator', '.'))
     odd = [k for k,pattern in PLAIN.items() if not re.fullmatch(pattern, str(found[k]))]
-    whole = all(isinstance(c, int) and c > 0 for c in meta['chunks'])
+    whole = all(isinstance(c, int) and 0 < c <= max(1, n)
+                for c,n in zip(meta['chunks'], meta['shape']))
     if len(meta['chunks']) != len(meta['shape']) or not whole: odd.append('chunks')
     return f'{odd[0]} {str(found[odd[0]]):.60}' if odd else ''
 
@@ -131,6 +134,7 @@ def read_meta(
     file = root/folder/'.zarray'
     if not file.is_file():
         raise ValueError(f"the checkpoint is not complete: the array {folder} is missing")
+    check_size(file, 2**16)
     try:
         meta = json.loads(file.read_text())
         odd = odd_field(meta)
@@ -164,7 +168,9 @@ def read_array(
     import zarr
     meta = read_meta(root, folder, shape)
     grid = [-(-n//c) for n,c in zip(meta['shape'], meta['chunks'])] or [1]
-    there,chunks = {f.name for f in (root/folder).iterdir() if f.name[0].isdigit()},math.prod(grid)
+    files = [f for f in (root/folder).iterdir() if f.name[0].isdigit()]
+    there,chunks = {f.name for f in files},math.prod(grid)
+    for f in files: check_chunk(f, meta)
     if len(there) < chunks:
         first = next(k for i in np.ndindex(*grid) if (k := '.'.join(map(str, i))) not in there)
         raise ValueError(f"the array {folder} is not complete: {chunks - len(there)} of {chunks} "

@@ -147,8 +147,11 @@ def write(self:Evaluations,
     self.log.add(line)
     tracked = dict(score=line['score'], score_step=line['done'])
     self.run.accelerator.log(tracked, step=self.run.progress.done)  # trackers want steps in order
-    if line['score'] >= max(before, default=0.):
-        mark_best(self.run.folder, line['done'], line['score'])
+    if line['score'] < max(before, default=0.): return
+    try: mark_best(self.run.folder, line['done'], line['score'])
+    except OSError as e:
+        print(f"step {line['done']} is the best so far, but its checkpoint could not be marked "
+              f"({e.strerror})", file=sys.stderr)
 
 @patch
 def start(self:Evaluations,

@@ -6,7 +6,7 @@
 __all__ = ['PLAIN', 'EXIT_RESUMABLE', 'checkpoints', 'checkpoint_step', 'discard', 'save_checkpoint', 'latest_checkpoint',
            'mark_best', 'check_plain', 'save_state', 'read_state', 'random_state', 'set_random_state', 'bare',
            'parameter_names', 'whole', 'training_state', 'check_fit', 'placed', 'load_training_state', 'Interrupted',
-           'StopRequest', 'agree']
+           'Stalled', 'first_signal', 'StopRequest', 'agree']
 
 # %% ../../nbs/7_scale/04_checkpoint.ipynb #c21db465
 import os, pickle, random, re, shutil, signal, threading, time
@@ -276,19 +276,36 @@ EXIT_RESUMABLE = 75  # exit status of a run that can be resumed: EX_TEMPFAIL of 
 class Interrupted(KeyboardInterrupt):
     "Training was asked to stop, and has saved where it stands."
 
+class Stalled(KeyboardInterrupt):
+    "Training was asked to stop while it waits for data."
+
+def first_signal(
+    number:int, # Signal
+) -> str: # Its name
+    "Acknowledge a request to stop; print may be in the middle of something."
+    name,again = signal.Signals(number).name,'Ctrl-C'
+    if number == signal.SIGINT: again = 'a second Ctrl-C'
+    with suppress(OSError):
+        os.write(2, f'\n{name}: finishing this step, then saving; {again} stops at once\n'.encode())
+    return name
+
 # %% ../../nbs/7_scale/04_checkpoint.ipynb #ef7c3d4c
 class StopRequest:
     "The first SIGTERM or SIGINT is only remembered in `signal`; a second SIGINT stops at once."
     def __init__(self,
         # Seconds in which another SIGINT is the same one, passed on by a launcher
         patience:float=1.,
-    ): self.signal,self.patience,self.since,self.old = '',patience,0.,{}
+        grace:float=5., # Seconds that waiting for data may last after a signal
+    ):
+        self.signal,self.patience,self.grace,self.since,self.old = '',patience,grace,0.,{}
+        self.idle,self.repeated,self.over = False,False,threading.Event()
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # others may not handle signals
             self.old = {s: signal.signal(s, self.receive) for s in (signal.SIGTERM, signal.SIGINT)
                         if signal.getsignal(s) is not signal.SIG_IGN}
         return self
     def __exit__(self, kind, *error):
+        self.over.set()
         self.left,saved = time.monotonic(),kind is not None and issubclass(kind, Interrupted)
         for s,handler in self.old.items():
             late = saved and s == signal.SIGTERM
@@ -305,13 +322,10 @@ class StopRequest:
         frame, # Where the program was
     ):
         "What happens on a signal."
-        if not self.signal:
-            self.signal,self.since = signal.Signals(number).name,time.monotonic()
-            again = 'a second Ctrl-C' if number == signal.SIGINT else 'Ctrl-C'
-            # print may be in the middle of something
-            with suppress(OSError):
-                os.write(2, f'\n{self.signal}: finishing this step, then saving; {again} stops at '
-                            f'once\n'.encode())
+        if not self.signal: self.signal,self.since = first_signal(number),time.monotonic()
+        elif self.repeated:                                     # by a thread that waits with us
+            self.repeated = False
+            if self.idle: raise Stalled(self.signal)
         elif number == signal.SIGINT and time.monotonic() - self.since >= self.patience:
             signal.signal(signal.SIGINT, self.old[signal.SIGINT] or signal.SIG_DFL)
             raise KeyboardInterrupt

@@ -15,6 +15,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from statistics import quantiles
+import psutil
 import torch
 from tqdm import tqdm
 from ..masking import encoder_flops, num_kept
@@ -135,7 +136,7 @@ def machine(
     if device.type == 'cuda': name = torch.cuda.get_device_name(device)
     packages = 'torch', 'torchvision', 'timm', 'accelerate', 'pillow'
     return dict(device=name, cores=os.cpu_count(), threads=torch.get_num_threads(),
-                load_before=round(os.getloadavg()[0], 2), python=platform.python_version(),
+                load_before=round(psutil.getloadavg()[0], 2), python=platform.python_version(),
                 versions={p: version(p) for p in packages})
 
 def matmul(

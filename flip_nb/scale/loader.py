@@ -4,10 +4,16 @@
 
 # %% auto #0
 __all__ = ['RunData', 'scene_captions', 'open_named', 'Triples', 'no_scores', 'open_object', 'open_train_data', 'noise_sizes',
-           'make_loader', 'make_stream', 'count_rows', 'deliver', 'new_model', 'load_model', 'open_model_and_data']
+           'make_loader', 'make_stream', 'data_waiting', 'count_rows', 'deliver', 'new_model', 'load_model',
+           'open_model_and_data']
 
 # %% ../../nbs/7_scale/04c_loader.ipynb #e767d1ac
+import _thread
+import signal
 import sys
+import threading
+import time
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -17,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from ..data.pairs import Batches, Collate, corpus, leave_signals
+from ..data.pairs import Batches, Collate, WorkerLoader, corpus, leave_signals
 from ..data.captions import caption_report
 from ..data.folders import load_pairs
 from ..data.decode import train_transform
@@ -27,6 +33,7 @@ from ..data.records import Source
 from ..data.sources import count_pairs, open_stream, stream_corpus, stream_sample
 from ..model import FLIP, preset_config
 from ..official.recipe import load_tokenizer
+from .checkpoint import StopRequest
 from .config import DataConfig, ModelConfig, TrainConfig
 from ..scenes import Scenes, caption_scenes
 from ..text import CaptionTokenizer
@@ -165,7 +172,7 @@ def make_loader(
     "The batches of this process."
     batches = Batches(pairs, collate, batch_size, seed, noise, accelerator.process_index,
                       accelerator.num_processes)
-    return DataLoader(
+    return WorkerLoader(
         batches, batch_size=None, sampler=steps, num_workers=workers, generator=torch.Generator(),
         pin_memory=accelerator.device.type == 'cuda', worker_init_fn=leave_signals)
 
@@ -188,6 +195,28 @@ def make_stream(
                            worker_init_fn=leave_signals)
     if loader.note and accelerator.is_main_process: print(loader.note, file=sys.stderr)
     return loader
+
+# %% ../../nbs/7_scale/04c_loader.ipynb #7c1de90b
+def data_waiting(
+    stop:StopRequest, # That of this process
+): # Function () that returns the context in which data are waited for
+    "While data are waited for nothing is half done, and a request to stop may break in."
+    @contextmanager
+    def waiting():
+        stop.idle = True
+        try: yield
+        finally: stop.idle = False
+    def watch():
+        main = threading.main_thread().ident
+        while not stop.over.wait(.5):
+            if not stop.idle or not stop.signal: continue
+            if time.monotonic() - stop.since < stop.grace: continue
+            stop.repeated,number = True,signal.Signals[stop.signal]
+            if hasattr(signal, 'pthread_kill'): signal.pthread_kill(main, number)
+            else: _thread.interrupt_main(number)                # Windows
+    if threading.current_thread() is threading.main_thread():   # others may not handle signals
+        threading.Thread(target=watch, daemon=True).start()
+    return waiting
 
 # %% ../../nbs/7_scale/04c_loader.ipynb #b0dad57e
 def count_rows(
@@ -213,12 +242,16 @@ def deliver(
     device:torch.device, # Where they go
     lanes:dict, # Gets the place of every reader of a stream
     skipped:SkippedRows, # Gets the rows that could not be read
-): # Iterator of batches
+    waiting=nullcontext, # Function () that returns the context in which a batch is waited for
+): # Iterator of batches; close it, and the workers end
     "Hand out batches and keep the books."
-    for batch in loader:
-        skipped.add(batch.pop('broken'), len(batch['rows']))
-        if state := batch.pop('state', None): lanes[state['lane']] = state
-        yield send_to_device(batch, device, non_blocking=True)
+    with closing(iter(loader)) as batches:
+        while True:
+            with waiting(): batch = next(batches, None)
+            if batch is None: return
+            skipped.add(batch.pop('broken'), len(batch['rows']))
+            if state := batch.pop('state', None): lanes[state['lane']] = state
+            yield send_to_device(batch, device, non_blocking=True)
 
 # %% ../../nbs/7_scale/04c_loader.ipynb #0cd794c9
 def new_model(

@@ -11,7 +11,7 @@ import torch
 from ..files import read_lines, write_json
 from ..loop import Stage
 from .config import TrainConfig, stages_of
-from .run import Run
+from .run import Run, final_files
 from ..evaluation.scores import results_table
 
 # %% ../../nbs/7_scale/04f_results.ipynb #a3c28717
@@ -117,10 +117,11 @@ def finish_run(
     "Write results, figure and card; print where they are."
     if not run.accelerator.is_main_process: return {}
     results = collect_results(run, config, skipped, wall_seconds)
-    write_json(run.folder/'results.json', results)
-    plot_run(run.folder).savefig(run.folder/'training_curve.png')
     metrics = card_metrics(run.progress.finished[-1]['results'])
     card = model.generate_model_card(data=Path(config.data.data).name, metrics=metrics)
-    card.save(run.folder/'README.md')
+    with final_files(run.folder):
+        plot_run(run.folder).savefig(run.folder/'training_curve.png')
+        card.save(run.folder/'README.md')
+        write_json(run.folder/'results.json', results)  # the last: with it a run is finished
     if not config.log.quiet: report_results(run, results)
     return results

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['Progress', 'progress_state', 'progress_from', 'end_stage', 'count_bad_steps', 'Run', 'cut_logs', 'own_lanes',
-           'publish', 'advice', 'Checkpoints', 'save_run', 'hold_folder', 'open_checkpoint', 'check_identity']
+           'publish', 'advice', 'Checkpoints', 'save_run', 'stop_run', 'ending', 'final_files', 'hold_folder',
+           'open_checkpoint', 'check_identity']
 
 # %% ../../nbs/7_scale/04d_run.ipynb #e9ba9b8b
 import os
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import torch
@@ -18,13 +20,14 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn, Tensor
+from ..data.pairs import SkippedRows
 from ..files import LogFile, lock_folder, log_files
 from ..loop import Stage, Step, TrainingDiverged, make_optimizer
 from .checkpoint import (
-    latest_checkpoint, load_training_state, random_state, read_state, save_checkpoint, save_state,
-    set_random_state, training_state)
+    Interrupted, Stalled, latest_checkpoint, load_training_state, random_state, read_state,
+    save_checkpoint, save_state, set_random_state, training_state)
 from .config import SaveConfig
-from .setup import is_sharded
+from .setup import is_sharded, lost_process
 from ..distributed import gather_objects
 
 # %% ../../nbs/7_scale/04d_run.ipynb #896e563c
@@ -242,6 +245,51 @@ def save_run(
         print(f"{fault}: training continues, and tries again at the next checkpoint",
               file=sys.stderr)
     if not any(gather_objects(bool(fault))): c.last = done
+
+# %% ../../nbs/7_scale/04d_run.ipynb #b20c7e55
+def stop_run(
+    checkpoints:Checkpoints, # Of the run
+    signal:str, # That somebody received
+    stalled:bool=False, # Whether a batch is waited for, so that the processes are not in step
+):
+    "Save, wait for the others, and leave."
+    a,folder = checkpoints.run.accelerator,checkpoints.run.folder
+    if stalled and a.num_processes > 1:
+        raise Interrupted(f"{signal} while data were waited for, so nothing more was saved; "
+                          f"resume with --resume {folder}")
+    save_run(checkpoints, must=True, leave=True)
+    a.wait_for_everyone()  # a launcher ends the others soon after the first
+    raise Interrupted(f"{signal}; saved, resume with --resume {folder}")
+
+@contextmanager
+def ending(
+    checkpoints:Checkpoints, # Of the run
+    skipped:SkippedRows, # Its rows that could not be read
+    timeout:int, # Seconds after which a process that does not answer is taken for dead
+    lock=None, # Open file that keeps other runs out of the folder
+):
+    "However it ends: no evaluation runs on, the logs are complete, and the processes part."
+    run,beside = checkpoints.run,checkpoints.beside
+    try:
+        with lost_process(run.accelerator, timeout, run.folder):
+            try: yield
+            except Stalled as e: stop_run(checkpoints, str(e), stalled=True)
+    finally:
+        if beside: beside.cancel()  # a stop does not wait for a long evaluation
+        for log in (run.metrics, skipped.file, *([beside.log] if beside else [])): log.close()
+        run.accelerator.end_training()
+        if lock: lock.close()
+
+# %% ../../nbs/7_scale/04d_run.ipynb #3ce8a951
+@contextmanager
+def final_files(
+    folder:Path, # Run folder
+):
+    "While inside: a disk that refuses the results ends the run in one sentence."
+    try: yield
+    except OSError as e:
+        raise ValueError(f"the results could not be written to {str(folder)!r} ({e}); make room, "
+                         f"then resume with --resume {folder}") from e
 
 # %% ../../nbs/7_scale/04d_run.ipynb #1df1ebbf
 def hold_folder(

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['contrastive_backward', 'make_fast', 'prepare_towers', 'start_folder', 'start_trackers', 'open_loader', 'check_steps',
            'log_line', 'progress_bar', 'bar_text', 'Parts', 'open_run', 'evaluation_is_due', 'checkpoint_is_due',
-           'begin_stage', 'stop_run', 'ending', 'Trainer']
+           'begin_stage', 'Trainer']
 
 # %% ../../nbs/7_scale/05_trainer.ipynb #2c4aa1c6
 import importlib.util
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,17 +32,18 @@ from ..distributed import global_info_nce
 from ..model import FLIP
 from .accumulate import cached_backward, checkpoint_blocks, compile_towers, split_batch
 from .beside import Evaluations
-from .checkpoint import Interrupted, StopRequest, agree
+from .checkpoint import StopRequest, agree
 from .config import TrainConfig, changed, fill_in_steps, stages_of
-from .loader import (
-    RunData, count_rows, deliver, make_loader, make_stream, noise_sizes, open_model_and_data)
+from flip_nb.scale.loader import (
+    RunData, count_rows, data_waiting, deliver, make_loader, make_stream, noise_sizes,
+    open_model_and_data)
 from .options import flatten
 from .results import describe_run, finish_run
 from .run import (
     Checkpoints, Progress, Run, advice, check_identity, count_bad_steps, cut_logs, end_stage,
-    hold_folder, open_checkpoint, progress_from, publish, save_run)
+    ending, hold_folder, open_checkpoint, progress_from, publish, save_run, stop_run)
 from .setup import (
-    choose_trackers, explain_divergence, lost_process, make_accelerator, memory_gb, prepare_model)
+    choose_trackers, explain_divergence, make_accelerator, memory_gb, prepare_model)
 from ..distributed import gather_objects
 
 # %% ../../nbs/7_scale/05_trainer.ipynb #2d79eb46
@@ -282,28 +283,6 @@ def begin_stage(
     here = Step(stage, run.progress.step)
     if not repeated and evaluation_is_due(parts, here): parts.evaluations.start_now(stage)
 
-def stop_run(
-    parts:Parts, # The run
-    signal:str, # That somebody received
-):
-    "Save, wait for the others, and leave."
-    save_run(parts.checkpoints, must=True, leave=True)
-    parts.run.accelerator.wait_for_everyone()  # a launcher ends the others soon after the first
-    raise Interrupted(f"{signal}; saved, resume with --resume {parts.run.folder}")
-
-@contextmanager
-def ending(
-    parts:Parts, # The run
-):
-    "However it ends: no evaluation runs on, and the processes part."
-    a,config = parts.run.accelerator,parts.config
-    try:
-        with lost_process(a, config.machine.timeout, parts.run.folder): yield
-    finally:
-        parts.evaluations.cancel()  # a stop does not wait for a long evaluation
-        a.end_training()
-        if parts.lock: parts.lock.close()
-
 # %% ../../nbs/7_scale/05_trainer.ipynb #2dc006a5
 class Trainer:
     "A run, from its options to its results."
@@ -315,31 +294,32 @@ class Trainer:
 
     def run(self) -> dict: # What is in results.json
         "Train stage by stage: log, save, evaluate, stop when asked, write results."
-        parts = self.parts
-        c,run,log_every = parts.config,parts.run,parts.config.log.log_every
+        parts,c,run = self.parts,self.parts.config,self.parts.run
         a,p,alone = run.accelerator,run.progress,run.accelerator.num_processes == 1
-        with StopRequest() as stop, ending(parts):
-            batches,stages = deliver(parts.loader, a.device, p.lanes, parts.skipped),stages_of(c)
+        stages,stop = stages_of(c),StopRequest()
+        waiting = data_waiting(stop)
+        with (stop, ending(parts.checkpoints, parts.skipped, c.machine.timeout, parts.lock),
+              closing(deliver(parts.loader, a.device, p.lanes, parts.skipped, waiting)) as batches):
             for stage in stages[p.stage:]:
                 begin_stage(parts, stage)
                 bar = progress_bar(stage, p.step, c.log.quiet or not a.is_main_process)
                 since = time.perf_counter()
                 for step in training_steps(a, run.wrapped, run.optimizer, run.schedule, batches,
-                                           stage,
-                                           parts.backward, p.step):
+                                           stage, parts.backward, p.step):
                     p.add(step); bar.update()
-                    due = step.is_due(log_every)
+                    due = step.is_due(c.log.log_every)
                     asked = agree(stop) if due or alone else ''
                     if not due and not asked: continue
                     p.spend(since, a.device)
                     if due: bar.set_postfix_str(bar_text(log_line(run, step, c)))
-                    if asked: stop_run(parts, asked)
+                    if asked: stop_run(parts.checkpoints, asked)
                     if checkpoint_is_due(parts, step):
                         save_run(parts.checkpoints, must=step.is_last and stage is stages[-1])
                     if evaluation_is_due(parts, step): parts.evaluations.start_now(stage)
                     since = time.perf_counter()
                 bar.close()
-                end_stage(p, parts.evaluations.finish(stage))
+                with waiting() if alone else nullcontext():
+                    end_stage(p, parts.evaluations.finish(stage))
             parts.evaluations.shadow.wait()
             kinds = sum((Counter(k) for k in gather_objects(dict(parts.skipped.kinds))), Counter())
             seconds = time.perf_counter() - parts.began

@@ -9,7 +9,7 @@ __all__ = ['StartConfig', 'TuningConfig', 'DeviceConfig', 'FinetuneConfig', 'che
 
 # %% ../../nbs/8_transfer/03_tuner.ipynb #ffaab860
 import time
-from contextlib import nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,14 +26,14 @@ from ..files import lock_folder, log_files, new_run_folder, write_json
 from ..loop import (
     Stage, Step, TrainingDiverged, loss_backward, scaled_lr, towers, training_steps)
 from ..model import FLIP
-from ..scale.checkpoint import Interrupted, StopRequest, agree, latest_checkpoint
+from ..scale.checkpoint import StopRequest, agree, latest_checkpoint
 from ..scale.config import SaveConfig
-from ..scale.loader import deliver, make_loader
+from ..scale.loader import data_waiting, deliver, make_loader
 from ..scale.options import build, check, flatten, option
 from ..scale.run import (
-    Checkpoints, Progress, Run, check_identity, count_bad_steps, cut_logs, hold_folder,
-    open_checkpoint, progress_from, publish, save_run)
-from ..scale.setup import explain_divergence, lost_process, make_accelerator, prepare_model
+    Checkpoints, Progress, Run, check_identity, count_bad_steps, cut_logs, ending, final_files,
+    hold_folder, open_checkpoint, progress_from, publish, save_run, stop_run)
+from ..scale.setup import explain_divergence, make_accelerator, prepare_model
 from ..scale.trainer import progress_bar
 from .classifier import (
     ImageClassifier, layer_groups, set_drop_path, zero_shot_head)
@@ -309,7 +309,7 @@ def finish_finetuning(
                processes=a.num_processes, device=a.device.type,
                mixed_precision=a.mixed_precision, torch=torch.__version__)
     if not a.is_main_process: return out
-    write_json(run.folder/'results.json', out)
+    with final_files(run.folder): write_json(run.folder/'results.json', out)
     if not c.device.quiet: print(f"{finetuning_table(out)}\neverything is in {run.folder}")
     return out
 
@@ -323,11 +323,12 @@ def run_finetuning(
     a,p,t,log_every = run.accelerator,run.progress,c.tuning,c.device.log_every
     stage,alone = tuning_stage(c),a.num_processes == 1
     loss = partial(classification_loss, label_smoothing=t.label_smoothing)
-    with (parts.lock or nullcontext(), StopRequest() as stop,
-          lost_process(a, c.device.timeout, run.folder)):
+    stop = StopRequest()
+    feed = deliver(parts.loader, a.device, p.lanes, parts.skipped, data_waiting(stop))
+    end = ending(parts.checkpoints, parts.skipped, c.device.timeout, parts.lock)
+    with stop, end, closing(feed) as batches:
         run.begin(stage, t.weight_decay, parts.groups, saved)
         del saved
-        batches = deliver(parts.loader, a.device, p.lanes, parts.skipped)
         bar = progress_bar(stage, p.step, c.device.quiet or not a.is_main_process)
         since = time.perf_counter()
         for step in training_steps(a, run.wrapped, run.optimizer, run.schedule, batches, stage,
@@ -338,10 +339,7 @@ def run_finetuning(
             if not due and not asked: continue
             p.spend(since, a.device)
             if due: bar.set_postfix_str(line_text(tuning_line(parts, step)))
-            if asked:
-                save_tuning(parts, must=True, leave=True)
-                a.wait_for_everyone()              # a launcher ends the others soon after the first
-                raise Interrupted(f"{asked}; saved, resume with --resume {run.folder}")
+            if asked: stop_run(parts.checkpoints, asked)
             if step.is_last or step.is_due(c.save.save_every, log_every) and not p.in_a_row:
                 save_tuning(parts, must=step.is_last)
             since = time.perf_counter()
