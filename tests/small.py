@@ -1,5 +1,5 @@
 "Small things that several files of tests make: a model of a few thousand weights, images, pairs."
-import io
+import io, signal
 
 import numpy as np
 import torch
@@ -53,3 +53,14 @@ class Listed(torch.utils.data.Dataset):
     def __init__(self, n, seed=0): self.images,self.texts_ = pictures(n, seed),[WORDS[i % len(WORDS)] for i in range(n)]
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return self.images[i], self.texts_[i], []
+
+
+def ignores_signals(worker_init):
+    "Whether a worker that begins with this function is left alone by the signals that end a run."
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for s in before: signal.signal(s, signal.SIG_DFL)
+        worker_init(0)
+        return all(signal.getsignal(s) == signal.SIG_IGN for s in before)
+    finally:
+        for s,handler in before.items(): signal.signal(s, handler)

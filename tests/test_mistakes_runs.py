@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from small import Listed, WORDS, as_tensor, make_pairs, pictures, png, rng, tiny_flip
+from small import Listed, WORDS, as_tensor, ignores_signals, make_pairs, pictures, png, rng, tiny_flip
 from torch import nn
 
 from flip_nb.data.lanes import Lane, shard_plan
@@ -26,7 +26,7 @@ from flip_nb.scale.beside import Evaluations, Shadow, mean_score
 from flip_nb.scale.checkpoint import (
     StopRequest, checkpoints, latest_checkpoint, mark_best, random_state, save_checkpoint, set_random_state, training_state)
 from flip_nb.scale.config import TrainConfig, changed, fill_in_steps, resolve, resume_config, stages_of
-from flip_nb.scale.loader import count_rows, deliver, make_loader, noise_sizes, open_train_data
+from flip_nb.scale.loader import count_rows, deliver, make_loader, make_stream, noise_sizes, open_train_data
 from flip_nb.scale.options import build, flatten, given
 from flip_nb.scale.results import plot_run
 from flip_nb.scale.run import (
@@ -124,13 +124,9 @@ def test_rows_that_cannot_be_used_are_counted_once_and_too_many_stop_a_run(tmp_p
 
 
 def test_workers_ignore_the_signals_that_end_a_run(cpu):
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for s in before: signal.signal(s, signal.SIG_DFL)
-        make_loader(cpu, Listed(8), None, 4, 0, {}, range(1)).worker_init_fn(0)
-        assert all(signal.getsignal(s) == signal.SIG_IGN for s in before)
-    finally:
-        for s,handler in before.items(): signal.signal(s, handler)
+    config = options(data='x', stream=True, batch_size=4)
+    loaders = (make_loader(cpu, Listed(8), None, 4, 0, {}, range(1)), make_stream(cpu, [Made()], 16, None, config, {}))
+    assert all(ignores_signals(loader.worker_init_fn) for loader in loaders)
 
 
 # --------------------------------------------------------------------------------------------------------------- streams

@@ -6,9 +6,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from small import WORDS, make_pairs, pictures, rng, tiny_flip, unit
+from small import WORDS, ignores_signals, make_pairs, pictures, rng, tiny_flip, unit
 
-from flip_nb.evaluation import report as reporting, tasks
+from flip_nb.evaluation import features as featuring, report as reporting, scores as scoring, tasks
 from flip_nb.evaluation.answers import (
     answer_chance, answer_ranks, answer_recall, image_print, image_prints, match_answers, shared_line, table_ranks)
 from flip_nb.evaluation.datasets import TestSet
@@ -375,6 +375,15 @@ def test_features_stay_with_their_rows_in_batches_of_any_size():
     torch.testing.assert_close(one.features, three.features)
     assert one.rows.tolist() == three.rows.tolist() == [0, 1, 3, 4, 5, 7, 8] and set(three.skipped) == {2, 6}
     torch.testing.assert_close(three.features[3], flip.image_encoder(to_float(pairs.read(4)[0][None]))[0].detach())
+
+
+@pytest.mark.parametrize('module', [scoring, featuring])
+def test_workers_of_an_evaluation_ignore_the_signals_that_end_a_run(monkeypatch, module):
+    flip,pairs,seen = tiny_flip(),caption_job(WORDS).data.splits['test'],[]
+    own = module.DataLoader
+    monkeypatch.setattr(module, 'DataLoader', lambda *args, **kwargs: seen.append(kwargs) or own(*args, **kwargs))
+    encode_pairs(flip, pairs) if module is scoring else extract_features(flip, pairs, quiet=True)
+    assert len(seen) == 1 and ignores_signals(seen[0]['worker_init_fn'])
 
 
 def test_some_pictures_are_spread_over_the_test_rows():
