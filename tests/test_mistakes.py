@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from small import WORDS, pictures, rng, tiny_flip, unit
 from torch import nn
 
+from flip_nb import zero_shot
 from flip_nb.loop import (
     Stage, Step, contrastive_loss, diagnose, encode_batch, grad_norms, guarded_step, loss_backward, make_optimizer,
     plan_stages, scaled_lr, towers, training_steps, warmup_cosine)
@@ -18,8 +19,8 @@ from flip_nb.loss import INIT_LOGIT_SCALE, clamped_exp, info_nce, normalize, row
 from flip_nb.masking import encoder_flops, num_kept, patchify, random_mask, restore, unpatchify
 from flip_nb.model import to_float
 from flip_nb.zero_shot import (
-    average_prompts, encode_captions, encode_images, evaluating, ranks, retrieval_chance, retrieval_ranks, standard_error,
-    top_k_accuracy, zero_shot_classifier)
+    average_prompts, encode_captions, encode_images, evaluating, ranks, retrieval_chance, retrieval_ranks, retrieval_recall,
+    standard_error, top_k_accuracy, zero_shot_classifier)
 
 
 @pytest.fixture(scope='module')
@@ -36,7 +37,7 @@ def test_patches_are_cut_row_by_row_with_channels_first():
     assert torch.equal(unpatchify(p, 2, (4, 6)), x)
 
 
-@pytest.mark.parametrize('n,ratio,kept', [(10, .3, 7), (49, .5, 24), (196, .75, 49), (4, .99, 1), (64, 0., 64), (5, .1, 4)])
+@pytest.mark.parametrize('n,ratio,kept', [(10, .3, 7), (49, .5, 24), (196, .75, 49), (4, .99, 1), (64, 0., 64), (5, .3, 3), (20, .9, 2)])
 def test_number_of_kept_tokens(n, ratio, kept): assert num_kept(n, ratio) == kept
 
 
@@ -194,6 +195,15 @@ def test_a_step_reports_the_norm_before_clipping_and_clears_the_gradient(cpu):
     torch.testing.assert_close(small, .1*torch.tensor([[.03, .04]]))                            # shorter: as it is
 
 
+def test_clipping_goes_by_the_norm_of_all_parts_together(cpu):
+    model = nn.ModuleDict(dict(a=nn.Linear(1, 1, bias=False), b=nn.Linear(1, 1, bias=False)))
+    a,b = (model[k].weight for k in 'ab')
+    optimizer,_ = make_optimizer(cpu, model, Stage('x', 10, 0., .1, 0))
+    a.grad,b.grad = torch.tensor([[3.]]),torch.tensor([[4.]])
+    assert guarded_step(cpu, optimizer, dict(a=[a], b=[b]), 1.).tolist() == [3., 4.]
+    assert [optimizer.state[p]['exp_avg'].item() for p in (a, b)] == pytest.approx([.06, .08], rel=1e-4)
+
+
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 def test_a_step_without_finite_gradient_changes_nothing(cpu, bad):
     p,optimizer,norms = gradient_step(cpu, [bad, 1.], clip=1.)
@@ -301,8 +311,9 @@ def plain_ranks(scores, right):
             for i in range(len(scores))]
 
 
-@pytest.mark.parametrize('chunk', [1, 2, 1024])
-def test_ranks_count_wrong_answers_ahead_and_ties_against(chunk):
+@pytest.mark.parametrize('chunk,held', [(1, 2**22), (2, 2**22), (1024, 2**22), (2, 6), (5, 10)])
+def test_ranks_count_wrong_answers_ahead_and_ties_against(monkeypatch, chunk, held):
+    monkeypatch.setattr(zero_shot, 'MAX_SCORES', held)                           # a gallery in parts, too
     q,g,q_ids,g_ids = unit(5),unit(9, seed=1),torch.arange(5),torch.tensor([0, 0, 1, 2, 3, 4, 4, 1, 2])
     g[3] = g[2]                                                                  # a tie of a right and a wrong one
     assert ranks(q, q_ids, g, g_ids, chunk).tolist() == plain_ranks(q @ g.T, q_ids[:, None] == g_ids)
@@ -314,6 +325,8 @@ def test_retrieval_goes_both_ways_with_the_captions_of_each_image():
     right = torch.arange(4)[:, None] == owner
     assert found['i2t'].tolist() == plain_ranks(images @ texts.T, right)
     assert found['t2i'].tolist() == plain_ranks(texts @ images.T, right.T)
+    recall = retrieval_recall(images, texts, owner, (1, 3))
+    assert recall['i2t']['R@3'] == (found['i2t'] < 3).double().mean() and recall['t2i']['R@1'] == (found['t2i'] == 0).double().mean()
 
 
 def test_chance_of_retrieval():

@@ -409,6 +409,12 @@ def test_a_run_resumes_with_its_weights_moments_schedule_and_random_numbers(cpu)
 
 
 def test_a_stop_is_remembered_and_a_second_one_within_a_second_is_the_same():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)            # a shell's background job ignores it
+    try: stop_twice()
+    finally: signal.signal(signal.SIGINT, before)
+
+
+def stop_twice():
     with StopRequest(patience=60) as stop:
         signal.raise_signal(signal.SIGTERM)
         assert stop.signal == 'SIGTERM'

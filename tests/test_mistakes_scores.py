@@ -21,7 +21,7 @@ from flip_nb.evaluation.probe import (
     best_strength, fit_logistic, knn_predict, linear_probe, paired_bootstrap, search_strengths, standardise, wilson_interval)
 from flip_nb.evaluation.report import Report, finish_report, markdown_table, result_rows, run_task
 from flip_nb.evaluation.robustness import ZeroShotTask, robustness_curve
-from flip_nb.evaluation.scores import encode_pairs, evaluate_pairs, label_accuracy, results_table
+from flip_nb.evaluation.scores import encode_pairs, evaluate_pairs, evaluate_scenes, label_accuracy, results_table
 from flip_nb.evaluation.tasks import Job, JobConfig, every_fifth, first_images, job_features, plan, sample_pictures
 from flip_nb.evaluation.views import masked_view_curve, masked_views, view_noise
 from flip_nb.loop import TrainingDiverged
@@ -30,10 +30,12 @@ from flip_nb.model import to_float
 from flip_nb.scale.checkpoint import checkpoints
 from flip_nb.scale.options import build, given
 from flip_nb.scale.run import Progress, Run
+from flip_nb.scenes import CLASSES, Scenes
 from flip_nb.transfer import tuner
 from flip_nb.transfer.classifier import ImageClassifier, layer_groups, set_drop_path, zero_shot_head
 from flip_nb.transfer.labelled import classification_loss, evaluate_classifier, write_labelled_scenes
 from flip_nb.transfer.tuner import FinetuneConfig, fill_in_tuning, open_finetuning, run_finetuning, save_tuning, tuning_stage
+from flip_nb.zero_shot import SCENE_NAMES, SCENE_TEMPLATES
 
 TestSet.__test__ = False
 
@@ -61,6 +63,7 @@ def test_equal_captions_and_equal_images_are_one_answer():
     assert shared_line(found, 5) == ('2 of 4 images share a caption with another image and 1 of 5 rows show an image again: '
                                      'each counts as a right answer')
     assert shared_line(match_answers([['a'], ['b', 'c']]), 2) == ''
+    assert shared_line(match_answers([['a', 'b'], ['b', 'a'], ['c']]), 3).startswith('2 of 3 images share')
 
 
 @pytest.mark.parametrize('chunk', [1, 3, 1024])
@@ -118,6 +121,9 @@ def test_broken_rows_are_left_out_and_counted():
     assert (results['rows'], results['images'], results['captions'], results['skipped']) == (3, 3, 3, 2)
     assert results['zero_shot'] is None and 'share a caption' in results['shared']
     assert math.isclose(results['chance']['retrieval']['i2t']['R@1'], (1 + 1 + 2)/3/3)
+    pairs.rows[2]['image'] = pairs.rows[0]['image']                              # one image in two rows
+    again = evaluate_pairs(flip, flip.tokenizer, pairs)
+    assert (again['rows'], again['images']) == (3, 2) and 'rows show an image again' in again['shared']
 
 
 def test_zero_shot_accuracy_of_labels():
@@ -126,6 +132,28 @@ def test_zero_shot_accuracy_of_labels():
     classes = zero_shot_classifier(flip, flip.tokenizer, names, ['{}', 'a {}', 'a photo of a {}'])
     accuracy,chance = label_accuracy(flip, flip.tokenizer, classes[[0, 1, 2, 2]], ['red', 'blue', 'green', 'red'], names)
     assert (accuracy, chance) == (.75, 1/3)
+
+
+def test_scenes_are_new_ones_with_the_names_of_their_split(monkeypatch):
+    answers,asked = {},[]
+    for split in ('val', 'unseen'):
+        images,_,labels = Scenes(split, 16, seed=3, num_objects=1).batch(range(40))
+        answers |= {x.numpy().tobytes(): int(y) for x,y in zip(images, labels)}
+    def oracle(flip, batches, ratio, seed, turns):
+        asked.append((ratio, seed))
+        known = [answers.get(x.numpy().tobytes(), -1) for batch in batches for x in batch]
+        return torch.stack([torch.eye(len(CLASSES))[y] if y >= 0 else unit(1, len(CLASSES), i)[0] for i,y in enumerate(known)])
+    def classes(flip, tokenizer, names, templates, turns):
+        assert (names, templates) == (SCENE_NAMES, SCENE_TEMPLATES)
+        return torch.eye(len(CLASSES))
+    monkeypatch.setattr(scoring, 'encode_images', oracle)
+    monkeypatch.setattr(scoring, 'zero_shot_classifier', classes)
+    monkeypatch.setattr(scoring, 'encode_captions', lambda flip, tokenizer, captions, turns: unit(len(captions), len(CLASSES)))
+    flip = tiny_flip()
+    found = evaluate_scenes(flip, flip.tokenizer, 40, 3, .25)
+    assert found['zero_shot'] == found['zero_shot_unseen'] == 1 and asked == [(.25, 3)]*3 and found['scenes'] == 40
+    assert found['chance']['zero_shot'] == found['chance']['zero_shot_unseen'] == 1/80
+    assert evaluate_scenes(flip, flip.tokenizer, 40, 4)['zero_shot'] < .5        # other scenes: the oracle does not know them
 
 
 def test_table_of_results_stands_on_the_right_number_of_questions():
@@ -170,6 +198,8 @@ def test_captions_of_an_image_are_drawn_together():
     low,high = interval(Score('t', 'm', values, 0., groups=groups))
     assert low == pytest.approx(.4, abs=.02) and high == pytest.approx(.6, abs=.02)
     assert interval(Score('t', 'm', values, 0.)) == wilson_interval(.5, 500)
+    uneven = Score('t', 'm', torch.full((6,), .5), 0., groups=torch.tensor([0, 0, 0, 0, 1, 2]))
+    assert (redraw(uneven, 50) == .5).all()                                      # groups of any size: a share of their questions
     ones = torch.ones(500)
     assert interval(Score('t', 'm', ones, 0., groups=groups)) == wilson_interval(1., 100)
 
@@ -227,6 +257,8 @@ def test_validation_rows_choose_the_strength_and_test_rows_do_not():
     W,b = fit_logistic(scaled, both[1], best_strength(found['sweep']), 2)
     assert torch.equal(found['correct'], (other @ W.T + b).argmax(1) == test[1])
     assert found['strength'] == best_strength(found['sweep']) and found['chance'] == .5
+    few = linear_probe(*train, *val, test[0][5:10], torch.tensor([0, 1, 1, 1, 1]))
+    assert few['chance'] == .8                                                   # the largest class of the test rows
     flipped = linear_probe(*train, *val, test[0], 1 - test[1])
     assert flipped['sweep'] == found['sweep'] and flipped['accuracy'] == pytest.approx(1 - found['accuracy'])
 
@@ -313,6 +345,10 @@ def test_retrieval_scores_with_groups_of_captions():
         assert torch.equal(s.values, ranks[way] < int(k[2:])) and s.chance == chance[way][k]
         assert s.groups is None if way == 'i2t' else s.groups.tolist() == [0, 0, 1, 2, 2]
     assert first_images(match_answers([['b'], ['a', 'b'], ['a']])).tolist() == [0, 1]
+    twice = caption_job(['red', 'red', 'grey', 'blue'])
+    twice.data.splits['test'].rows[1] = twice.data.splits['test'].rows[0]
+    x,t = job_features(twice).features[[0, 2, 3]],encode_captions(twice.flip, twice.tokenizer, ['red', 'grey', 'blue'])
+    assert tasks.retrieval_task(twice)[0][0].values.tolist() == ((x @ t.T).argmax(1) == torch.arange(3)).tolist()
     assert job.known['shared',].startswith('2 of 4 images share')
 
 
@@ -393,16 +429,21 @@ def test_some_pictures_are_spread_over_the_test_rows():
     assert len(sample_pictures(job, 99)[0]) == 16
 
 
-def test_damage_is_compared_with_whole_images_under_its_own_name(monkeypatch):
-    job = labelled_job(config=JobConfig(quiet=True, seed=3))
+def test_damage_and_masked_views_are_compared_with_whole_images():
+    job = labelled_job(config=JobConfig(quiet=True, seed=3, pictures=8))
+    whole = tasks.zero_shot_task(job)[0][0].values[::2]
+    places,images = sample_pictures(job, 8)
+    labels = torch.tensor([i*i % 8 for i in range(16)])[places]
+    task = ZeroShotTask(tasks.job_classifier(job), images, labels)
     scores,_ = tasks.robustness_task(job)
     assert scores[0].metric == 'unchanged' and all(s.chance == 1/8 for s in scores)
-    whole,_ = tasks.zero_shot_task(job)
-    assert torch.equal(scores[0].values, whole[0].values)
-    task = ZeroShotTask(tasks.job_classifier(job), sample_pictures(job, 99)[1], torch.tensor([i*i % 8 for i in range(16)]))
+    assert torch.equal(scores[0].values, whole) and places.tolist() == list(range(0, 16, 2))
     curve = robustness_curve(job.flip, task, ['blur', 'noise'], seed=3, correct=True)
     for s in scores[1:]:
         if s.metric in ('blur', 'noise'): torch.testing.assert_close(s.values, curve['correct'][s.metric].double().mean(0))
+    views,_ = tasks.masked_views_task(job)
+    assert torch.equal(views[0].values, whole) and [s.metric for s in views[1:3]] == ['50% dropped, 1 view', '50% dropped, 2 views']
+    assert torch.equal(views[2].values, masked_view_curve(job.flip, task, .5, (1, 2, 4, 8), seed=3, correct=True)[1])
 
 
 def test_views_of_an_image_are_averaged_and_disjoint_views_cover_it():
