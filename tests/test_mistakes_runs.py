@@ -32,6 +32,7 @@ from flip_nb.scale.results import plot_run
 from flip_nb.scale.run import (
     Checkpoints, Progress, Run, check_identity, count_bad_steps, cut_logs, end_stage, own_lanes, progress_from,
     progress_state, publish, save_run)
+from flip_nb.scale.steps import filled_up, largest_batch, made_batch, our_step
 from flip_nb.scale.trainer import (
     checkpoint_is_due, contrastive_backward, evaluation_is_due, log_line, open_loader, open_run)
 from flip_nb.train import train
@@ -593,6 +594,27 @@ def test_recomputed_blocks_give_the_same_gradient():
     batch = dict(images=pictures(3), ids=flip.tokenizer(WORDS[:3]), image_noise=torch.rand(3, 16, generator=rng()))
     before = gradients(flip, batch)
     torch.testing.assert_close(gradients(checkpoint_blocks(flip), batch), before)
+
+
+def test_a_measured_step_masks_as_asked_and_counts_its_tokens():
+    flip = tiny_flip()
+    batch,seen = made_batch(flip.config, 4),[]
+    assert torch.equal(batch['images'], made_batch(flip.config, 4)['images'])
+    assert not torch.equal(batch['images'], made_batch(flip.config, 4, seed=1)['images']) and batch['ids'].min() >= 5
+    flip.image_encoder.transformer.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[1]))
+    for step in our_step(Accelerator(cpu=True), flip, batch, [0., .5, .75]).values(): step()
+    assert seen == [17, 9, 5]                                                    # a class token and what is kept of 16
+    assert filled_up(torch.tensor([[5, 6]]), 4).tolist() == [[5, 6, 0, 0]]
+    short = made_batch(flip.config, 50, 'flickr8k')['ids']
+    assert short.shape[1] <= 8 and (short == 0).any() and not ((short[:, :-1] == 0) & (short[:, 1:] != 0)).any()
+
+
+def test_the_largest_batch_is_found_by_doubling_and_halving():
+    asked = []
+    def memory(n): asked.append(n); return n/10
+    fits,needs = largest_batch(memory, 5.05)
+    assert 48 <= fits <= 50 and needs == fits/10 and asked[:4] == [8, 16, 32, 64]
+    with pytest.raises(ValueError, match='8 pairs needs 0.80 GB'): largest_batch(memory, .5)
 
 
 # ----------------------------------------------------------------------------------------------------------- a whole run

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from small import WORDS, ignores_signals, make_pairs, pictures, rng, tiny_flip, unit
 
+from flip_nb.evaluate import EvaluateConfig, complete, data_request, model_names
 from flip_nb.evaluation import features as featuring, report as reporting, scores as scoring, tasks
 from flip_nb.evaluation.answers import (
     answer_chance, answer_ranks, answer_recall, image_print, image_prints, match_answers, shared_line, table_ranks)
@@ -499,6 +500,8 @@ def test_rows_of_a_report_and_the_difference_to_the_first_model(tmp_path):
     assert 'to_first' not in first and second['to_first']['difference'] == .5
     assert (second['score'], second['chance'], second['n'], second['model'], second['split']) == (.75, .25, 4, 'b', 'val')
     assert (second['low'], second['high']) == pytest.approx(wilson_interval(.75, 4))
+    by_class = [made_scores(1., 1., 1., 0.)[0]._replace(classes=torch.tensor([0, 0, 0, 1]))]
+    assert result_rows(data, dict(a=by_class))[0]['score'] == .5
     line = markdown_table([first, second]).split('\n')[3]
     low,high = (100*v for v in wilson_interval(.75, 4))
     assert line.startswith(f'| b | made | zero shot | top 1 | 4 | 25.00% | 75.0% | {low:.1f} to {high:.1f} | +50.0 (')
@@ -513,6 +516,23 @@ def test_a_fault_costs_one_task_and_is_raised_at_the_end(tmp_path, monkeypatch):
     stored = json.loads((tmp_path/'results.json').read_text())
     assert stored['options'] == dict(seed=4) and [r['score'] for r in stored['rows']] == [.5]
     with pytest.raises(ValueError, match='knn of m on made: no rows'): finish_report(report)
+
+
+def test_models_are_called_by_the_end_of_their_path_that_tells_them_apart():
+    assert model_names(['runs/a', 'runs/b']) == ['a', 'b'] and model_names(['x/run', 'y/run']) == ['x/run', 'y/run']
+
+
+def test_columns_of_training_are_found_again_and_those_given_win(tmp_path):
+    known = dict(data='mine', image_column='img', caption_column='txt')
+    (tmp_path/'train_config.json').write_text(json.dumps(known))
+    values = lambda **k: complete(given(EvaluateConfig, None, dict(runs=str(tmp_path)) | k)[0])
+    config = values()
+    assert config.questions.data == ['mine']
+    asked = data_request(config, 'mine')
+    assert (asked.image_column, asked.caption_column, asked.split, asked.limit, asked.seed) == ('img', 'txt', 'test', 0, 0)
+    asked = data_request(values(caption_column='other', split='val', limit=9, seed=4), 'mine')
+    assert (asked.image_column, asked.caption_column, asked.split, asked.limit, asked.seed) == ('img', 'other', 'val', 9, 4)
+    assert data_request(values(data='else'), 'else').image_column is None
 
 
 # ----------------------------------------------------------------------------------------------------------- fine-tuning
