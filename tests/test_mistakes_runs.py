@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from small import Listed, WORDS, as_tensor, ignores_signals, make_pairs, pictures, png, rng, tiny_flip
 from torch import nn
 
+from flip_nb.data import stream as streaming
 from flip_nb.data.lanes import Lane, shard_plan
 from flip_nb.data.pairs import AllRows, Batches, Collate, SkippedRows, corpus, draw_items, own_rng
 from flip_nb.data.records import Source
@@ -165,6 +166,8 @@ def test_whole_shards_are_dealt_out_evenly_and_the_rest_is_shared():
     assert all(len(p) == 3 and [shared for _,shared in p] == [False, False, True] for p in plans)
     assert len({p[2] for p in plans}) == 1
     assert {s for p in plans for s,_ in p} == set(range(7))
+    orders = [tuple(s for s,_ in shard_plan(7, 0, 1, seed)) for seed in range(4)]
+    assert len(set(orders)) == 4 and orders[2] == tuple(s for s,_ in shard_plan(7, 0, 1, 2))
 
 
 def test_passes_seeds_and_sources_have_orders_of_their_own_and_blocks_are_shuffled():
@@ -223,6 +226,16 @@ def test_a_stream_in_another_setting_begins_the_next_pass():
     assert 'not what it was' in loader.note
     batch = next(iter(loader))
     assert batch['state']['places'][0]['epoch'] == batch['state']['begin'] == 1 and batch['state']['batches'] == 1
+
+
+def test_after_a_restart_the_batches_come_from_the_reader_whose_turn_it_is(monkeypatch):
+    def begin(worker, start):
+        monkeypatch.setattr(streaming, 'get_worker_info', lambda: Plain(id=worker, num_workers=2))
+        return next(iter(stream(start=start)))['state']
+    first = {worker: begin(worker, None) for worker in (0, 1)}
+    assert [first[w]['lane'] for w in (0, 1)] == [0, 1]
+    again = [begin(worker, {0: first[0]}) for worker in (0, 1)]                  # one batch was given: lane 1 is next
+    assert [(s['lane'], s['batches']) for s in again] == [(1, 1), (0, 2)] and again[0] == first[1]
 
 
 def test_the_newest_state_of_each_reader_of_the_latest_reading_counts():
@@ -312,6 +325,7 @@ def test_defaults_as_they_are_documented():
     s = fill_in_steps(options(data='x', batch_size=50), 1010).stages
     assert (s.steps, s.epochs) == (1212, 60)                                     # 60 passes over 1,010 rows of 50
     assert fill_in_steps(options(data='x', epochs=.5, batch_size=50), 1000).stages.steps == 10
+    assert fill_in_steps(options(data='x', batch_size=50), 1013).stages.steps == 1216           # 1215.6
 
 
 def test_what_is_given_wins_over_the_recipe_and_the_recipe_over_defaults():
@@ -486,6 +500,21 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, cpu):
     assert torch.equal(stored['text_proj.weight'], flip.text_proj.weight)
 
 
+def test_a_checkpoint_that_could_not_be_written_is_tried_again(tmp_path, cpu, capsys):
+    flip = tiny_flip()
+    run = Run(cpu, tmp_path, flip, Progress(done=4), flip)
+    run.begin(Stage('x', 9, 0., 1., 0))
+    saving,full = Checkpoints(run, options().save),OSError(28, 'No space left on device')
+    saving.last = 2
+    write,saving.write = saving.write,lambda *args: (_ for _ in ()).throw(full)
+    save_run(saving)
+    assert saving.last == 2 and 'No space left' in capsys.readouterr().err
+    with pytest.raises(ValueError, match='step 4 could not be written'): save_run(saving, must=True)
+    saving.write = write
+    save_run(saving)
+    assert saving.last == 4 and latest_checkpoint(tmp_path)[0].name == 'step-00000004'
+
+
 # ------------------------------------------------------------------------------------------------------ evaluation beside
 
 def test_an_evaluation_beside_training_talks_in_a_group_of_its_own():
@@ -571,13 +600,14 @@ def test_pieces_see_the_same_random_numbers_twice_and_gradients_are_reduced_once
         def __exit__(self, *_): pass
     x = torch.randn(5, 3, generator=rng())
     torch.manual_seed(4)
-    cached_backward(model, split_batch(dict(x=x), 2), lambda a, b, s: (a*b).sum()*s.sum(),
+    cached_backward(model, split_batch(dict(x=x), 2), lambda a, b, s: (a*b).sum()*s.sum() + 0*torch.rand(1).sum(),
                     lambda v: (synced.append('back'), v.backward()), Quiet)
     after = torch.rand(1)
     assert len(model.drawn) == 6 and all(map(torch.equal, model.drawn[:3], model.drawn[3:]))
     assert synced == ['quiet', 'back', 'quiet', 'back', 'back']
     torch.manual_seed(4)
     noise = torch.cat([torch.rand(n, 3) for n in (2, 2, 1)])
+    torch.rand(1)                                                                # of the loss
     assert torch.equal(after, torch.rand(1))                                     # as if each piece had been encoded once
     w = torch.ones(1, requires_grad=True)
     ((w*(x + noise))*(w*x)).sum().mul(w.sum()).backward()
