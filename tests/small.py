@@ -50,9 +50,11 @@ def make_pairs(n=12, captions=None, label_names=None, seed=0):
 
 class Listed(torch.utils.data.Dataset):
     "Pairs that draw nothing at random."
-    def __init__(self, n, seed=0): self.images,self.texts_ = pictures(n, seed),[WORDS[i % len(WORDS)] for i in range(n)]
+    def __init__(self, n, seed=0, side=16):
+        self.images,self.captions_ = pictures(n, seed, side),[WORDS[i % len(WORDS)] for i in range(n)]
+
     def __len__(self): return len(self.images)
-    def __getitem__(self, i): return self.images[i], self.texts_[i], []
+    def __getitem__(self, i): return self.images[i], self.captions_[i], []
 
 
 def ignores_signals(worker_init):

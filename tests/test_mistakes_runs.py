@@ -25,11 +25,11 @@ from flip_nb.scale import beside
 from flip_nb.scale.accumulate import cached_backward, checkpoint_blocks, split_batch
 from flip_nb.scale.beside import Evaluations, Shadow, mean_score
 from flip_nb.scale.checkpoint import (
-    StopRequest, checkpoints, latest_checkpoint, mark_best, random_state, save_checkpoint, set_random_state, training_state)
+    StopRequest, checkpoints, latest_checkpoint, mark_best, random_state, read_state, save_checkpoint, set_random_state, training_state)
 from flip_nb.scale.config import TrainConfig, changed, fill_in_steps, resolve, resume_config, stages_of
 from flip_nb.scale.loader import count_rows, deliver, make_loader, make_stream, noise_sizes, open_train_data
 from flip_nb.scale.options import build, flatten, given
-from flip_nb.scale.results import plot_run
+from flip_nb.scale.results import collect_results, plot_run
 from flip_nb.scale.run import (
     Checkpoints, Progress, Run, check_identity, count_bad_steps, cut_logs, end_stage, own_lanes, progress_from,
     progress_state, publish, save_run)
@@ -575,11 +575,11 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole_batch(noisy):
     flip = tiny_flip()
     batch = dict(images=pictures(6), ids=flip.tokenizer(WORDS), rows=[0]*6)
     if noisy: batch |= dict(image_noise=torch.rand(6, 16, generator=rng(1)), text_noise=torch.rand(6, 8, generator=rng(2)))
-    how = dict(text_mask_ratio=.25) if noisy else {}
+    how = dict(text_mask_ratio=.5, text_mask_order='padding_first') if noisy else {}
     pieces = [gradients(flip, batch, micro_batch=4, **how), gradients(flip, batch, micro_batch=4, loss_chunk=2, **how)]
     if noisy:
         images = flip.encode_image(to_float(batch['images']), .5, batch['image_noise'])
-        texts = flip.encode_text(batch['ids'], .25, 'random', batch['text_noise'])
+        texts = flip.encode_text(batch['ids'], .5, 'padding_first', batch['text_noise'])
         want = info_nce(images, texts, flip.logit_scale.exp())
         flip.zero_grad(); want.backward()
         for loss,grads in pieces + [gradients(flip, batch, **how)]:
@@ -649,7 +649,7 @@ def test_the_largest_batch_is_found_by_doubling_and_halving():
 
 # ----------------------------------------------------------------------------------------------------------- a whole run
 
-DATA = dict(batch_size=4, steps=6, tune_steps=2, lr=1e-2, warmup_steps=2, log_every=2, save_every=2, keep=9, quiet=True,
+DATA = dict(batch_size=4, steps=6, tune_steps=4, weight_decay=.5, lr=1e-2, warmup_steps=2, log_every=2, save_every=2, keep=9, quiet=True,
             track='none', mixed_precision='no', seed=5, threads=1)
 
 
@@ -678,20 +678,48 @@ def stopped(finished, tmp_path, step):
 def test_results_of_a_run(finished):
     folder,results = finished
     lines = [json.loads(line) for line in (folder/'metrics.jsonl').read_text().splitlines()]
-    assert [(line['stage'], line['step']) for line in lines] == [('masked', 2), ('masked', 4), ('masked', 6), ('tuning', 2)]
+    assert [(line['stage'], line['step']) for line in lines] == [('masked', 2), ('masked', 4), ('masked', 6), ('tuning', 2),
+                                                              ('tuning', 4)]
     assert [round(line['lr'], 8) for line in lines[:2]] == [.01, round(.01*.5*(1 + math.cos(math.pi/2)), 8)]
-    assert results['pairs'] == 32 and results['rows'] == 5 and results['seed'] == 5 and results['skipped_in_training'] == 0
+    assert results['pairs'] == 40 and results['rows'] == 5 and results['seed'] == 5 and results['skipped_in_training'] == 0
     assert all(0 < line['loss'] < 4 and line['grad_norm'] > 0 and line['skipped_steps'] == 0 for line in lines)
+    assert math.isclose(lines[3]['pairs_per_second'], 8/lines[3]['seconds'])     # of this stage alone
     assert math.isclose(lines[2]['pairs_per_second'], 24/lines[2]['seconds']) and 0 <= lines[2]['data_wait'] <= 1
-    assert math.isclose(results['train_seconds'], lines[2]['seconds'] + lines[3]['seconds'])
+    assert math.isclose(results['train_seconds'], lines[2]['seconds'] + lines[4]['seconds'])
     assert math.isclose(results['pairs_per_second'], 24/lines[2]['seconds'])
     both = [json.loads(line) for line in (folder/'evaluations.jsonl').read_text().splitlines()]
-    assert [(e['stage'], e['done']) for e in both] == [('masked', 6), ('tuning', 8)]
+    assert [(e['stage'], e['done']) for e in both] == [('masked', 6), ('tuning', 10)]
     assert results['retrieval_before_tuning'] == both[0]['retrieval'] and results['retrieval'] == both[1]['retrieval']
-    assert [int(p.name[5:]) for p in checkpoints(folder)] == [2, 4, 6, 8]
+    assert [int(p.name[5:]) for p in checkpoints(folder)] == [2, 4, 6, 8, 10]
+    groups = read_state(checkpoints(folder)[-1]/'state.pt')['training']['optimizer']['param_groups']
+    assert [g['weight_decay'] for g in groups] == [.5, 0.]
 
 
-@pytest.mark.parametrize('step', [4, 6])
+def test_results_tell_the_scores_before_tuning_from_those_after(tmp_path):
+    before,after = scores(.1, .2, .3),scores(.4, .5, .6)
+    progress = Progress(finished=[dict(seconds=2., results=before), dict(seconds=3., results=after)], skipped=4)
+    run = Plain(progress=progress, accelerator=Plain(num_processes=2, device=torch.device('cpu'), mixed_precision='no'))
+    found = collect_results(run, fill_in_steps(options(steps=10, tune_steps=5, batch_size=4), None), {'x': 2, 'y': 1}, 9.)
+    assert (found['zero_shot'], found['zero_shot_before_tuning']) == (.4, .1)
+    assert found['retrieval_before_tuning'] == before['retrieval']
+    assert (found['train_seconds'], found['wall_seconds'], found['pairs_per_second'], found['pairs']) == (5., 9., 20., 60)
+    assert (found['skipped_in_training'], found['skipped_steps'], found['processes']) == (3, 4, 2)
+
+
+def test_new_weights_follow_the_seed_of_the_run(tmp_path):
+    def weights(name, seed):
+        torch.manual_seed(len(name))                                             # whatever the program drew before
+        config = options(preset='tiny', steps=2, tune_steps=0, batch_size=4, out=str(tmp_path/name), seed=seed, quiet=True,
+                         track='none', threads=1, mixed_precision='no', vocab_size=60)
+        parts = open_run(config, dict(train=Listed(8, side=32)))
+        parts.lock and parts.lock.close()
+        return parts.run.model.state_dict(), torch.rand(3)
+    (one,drawn),(same,again),(other,_) = weights('a', 1),weights('bcd', 1),weights('ef', 2)
+    assert all(torch.equal(w, same[n]) for n,w in one.items()) and torch.equal(drawn, again)
+    assert not torch.equal(one['image_proj.weight'], other['image_proj.weight'])
+
+
+@pytest.mark.parametrize('step', [4, 6, 8])
 def test_a_run_that_was_killed_ends_with_the_same_weights_and_log(finished, tmp_path, step):
     folder = stopped(finished, tmp_path, step)
     results = train(dataset=run_data(), resume=str(folder), quiet=True)
@@ -709,7 +737,7 @@ def test_a_resumed_run_knows_how_many_rows_it_has_seen(finished, tmp_path):
         assert parts.skipped.seen == 16 and parts.run.progress.done == 4 and parts.checkpoints.last == 4
         rows = [b['rows'] for b in parts.loader]
         flip = parts.run.model
-        whole = make_loader(parts.run.accelerator, run_data()['train'], Collate(flip.tokenizer), 4, 5, {}, range(4, 8))
+        whole = make_loader(parts.run.accelerator, run_data()['train'], Collate(flip.tokenizer), 4, 5, {}, range(4, 10))
         assert rows == [b['rows'] for b in whole]
         assert parts.run.identity == dict(preset=config_of(folder).model.preset, seed=5, rows=10)
         assert parts.backward.keywords == dict(text_mask_ratio=0., text_mask_order='random', micro_batch=0, loss_chunk=0)
@@ -774,6 +802,6 @@ def test_a_log_line_averages_the_steps_since_the_last_one_and_leaves_bad_ones_ou
 
 def test_the_curve_of_the_second_stage_begins_where_the_first_ended(finished):
     loss,temperature = plot_run(finished[0]).axes
-    assert [list(line.get_xdata()) for line in temperature.lines] == [[2, 4, 6], [8]]
+    assert [list(line.get_xdata()) for line in temperature.lines] == [[2, 4, 6], [8, 10]]
     assert list(temperature.lines[0].get_ydata()) == pytest.approx([.07]*3, rel=.1)
     assert [line.get_ydata()[0] for line in loss.lines][2] == math.log(4)

@@ -25,17 +25,19 @@ from flip_nb.evaluation.robustness import ZeroShotTask, robustness_curve
 from flip_nb.evaluation.scores import encode_pairs, evaluate_pairs, evaluate_scenes, label_accuracy, results_table
 from flip_nb.evaluation.tasks import Job, JobConfig, every_fifth, first_images, job_features, plan, sample_pictures
 from flip_nb.evaluation.views import masked_view_curve, masked_views, view_noise
-from flip_nb.loop import TrainingDiverged
+from flip_nb.loop import Stage, Step, TrainingDiverged
 from flip_nb.loss import clamped_exp, normalize
 from flip_nb.model import to_float
-from flip_nb.scale.checkpoint import checkpoints
+from flip_nb.scale.checkpoint import checkpoints, read_state
 from flip_nb.scale.options import build, given
 from flip_nb.scale.run import Progress, Run
 from flip_nb.scenes import CLASSES, Scenes
 from flip_nb.transfer import tuner
 from flip_nb.transfer.classifier import ImageClassifier, layer_groups, set_drop_path, zero_shot_head
-from flip_nb.transfer.labelled import classification_loss, evaluate_classifier, write_labelled_scenes
-from flip_nb.transfer.tuner import FinetuneConfig, fill_in_tuning, open_finetuning, run_finetuning, save_tuning, tuning_stage
+from flip_nb.transfer.labelled import (
+    Labelled, classification_loss, collate_labelled, evaluate_classifier, write_labelled_scenes)
+from flip_nb.transfer.tuner import (
+    FinetuneConfig, fill_in_tuning, make_classifier, open_finetuning, run_finetuning, save_tuning, tuning_line, tuning_stage)
 from flip_nb.zero_shot import SCENE_NAMES, SCENE_TEMPLATES
 
 TestSet.__test__ = False
@@ -581,6 +583,16 @@ def test_loss_of_labels_is_smoothed_and_masked(monkeypatch):
     assert seen == [(.5, 'noise')] and classification_loss(model, batch, Plain(mask_ratio=0.), .3) and seen[1][0] == 0.
 
 
+def test_a_broken_image_takes_its_label_along():
+    pairs = make_pairs(captions=[2, 0, 1, -1], label_names=['x', 'y', 'z'])
+    pairs.rows[1]['image'] = b'broken'
+    rows = Labelled(pairs)
+    assert [rows[i][1] for i in range(4)] == [2, 1, 1, 2] and [len(rows[i][2]) for i in range(4)] == [0, 1, 0, 1]
+    assert torch.equal(rows[1][0], rows[2][0]) and pairs.label_names == ['x', 'y', 'z']
+    batch = collate_labelled([rows[0], rows[1]])
+    assert batch['labels'].tolist() == [2, 1] and len(batch['broken']) == 1
+
+
 def finetuning(**values): return build(FinetuneConfig, given(FinetuneConfig, None, values)[0])
 
 
@@ -613,7 +625,33 @@ def test_weights_of_a_classifier_that_are_not_finite_are_not_saved(tmp_path, cpu
     assert saved == [dict(must=True)]
 
 
-TUNING = dict(batch_size=4, steps=6, log_every=1, save_every=2, keep=9, drop_path=.4, threads=1, mixed_precision='no', quiet=True)
+def test_a_classifier_starts_with_the_tower_and_the_words_it_is_told_to():
+    job = labelled_job(names=NAMES[:3])
+    flip,pairs = job.flip,job.data.splits['test']
+    make = lambda **k: make_classifier(finetuning(run='x', data='y', drop_path=.4, **k), flip, pairs, job.data)
+    words,zeros,scratch = make(),make(head='zeros'),make(head='zeros', scratch=True)
+    features = extract_features(flip, pairs, quiet=True).features
+    torch.testing.assert_close(words.head.weight.detach(), zero_shot_head(flip, tasks.job_classifier(job), features))
+    assert not zeros.head.weight.any() and zeros.class_names == NAMES[:3]
+    same = lambda m: all(torch.equal(w, m.image_encoder.state_dict()[n]) for n,w in flip.image_encoder.state_dict().items())
+    assert same(words) and same(zeros) and not same(scratch)
+
+
+def test_finetuning_stops_after_ten_steps_without_finite_gradients(tmp_path, cpu):
+    model = ImageClassifier(tiny_flip().config, NAMES[:3])
+    run = Run(cpu, tmp_path, model, Progress(step=9, seconds=3.), model)
+    run.begin(stage := Stage('finetuning', 20, 0., 1., 0))
+    parts = Plain(run=run, config=finetuning(run='x', data='y', batch_size=4))
+    bad = lambda n: ([torch.tensor(1.)]*n, [torch.tensor([math.nan, 1.])]*n)
+    run.progress.losses,run.progress.norms = [torch.tensor(5.), *bad(9)[0]],[torch.ones(2), *bad(9)[1]]
+    line = tuning_line(parts, Step(stage, 9))
+    assert (line['loss'], line['pictures_per_second'], line['skipped_steps']) == (pytest.approx(1.4), 12., 9)
+    run.progress.losses,run.progress.norms = bad(1)
+    with pytest.raises(TrainingDiverged, match='10 steps in a row.*step 9'): tuning_line(parts, Step(stage, 9, dict(images=pictures(2))))
+
+
+TUNING = dict(batch_size=4, steps=6, log_every=1, save_every=2, keep=9, drop_path=.4, weight_decay=.3,
+              layer_decay=.6, label_smoothing=.2, threads=1, mixed_precision='no', quiet=True)
 
 
 @pytest.fixture(scope='module')
@@ -622,14 +660,14 @@ def tuned(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setenv('HF_DATASETS_CACHE', str(top/'cache'))
         (top/'data').mkdir()
-        write_labelled_scenes(top/'data', 'background', 16, 8)
+        write_labelled_scenes(top/'data', 'background', 16, 8, broken=(2,))
         flip = tiny_flip(image_depth=2)
         flip.save_pretrained(top/'flip')
         config = finetuning(run=str(top/'flip'), data=str(top/'data'), out=str(top/'tuned'), seed=3, **TUNING)
         yield top, run_finetuning(config), config
 
 
-def test_finetuning_that_was_stopped_ends_with_the_same_weights(tuned, tmp_path):
+def test_finetuning_that_was_stopped_ends_with_the_same_weights(tuned, tmp_path, monkeypatch):
     top,results,config = tuned
     folder = tmp_path/'tuned'
     shutil.copytree(top/'tuned', folder)
@@ -641,8 +679,17 @@ def test_finetuning_that_was_stopped_ends_with_the_same_weights(tuned, tmp_path)
     parts.lock and parts.lock.close()
     assert parts.skipped.seen == 8 and parts.run.progress.done == 2 and parts.run.identity == dict(seed=3, rows=16)
     assert [len(b['rows']) for b in parts.loader] == [4]*4
+    assert parts.loader.dataset.seed == 3 and parts.loader.dataset.noise == dict(image_noise=16)
+    rates = sorted({(g['lr'], g['weight_decay']) for g in parts.groups}, reverse=True)
+    assert rates[:2] == [(1e-3*4/256, .3), (1e-3*4/256, 0.)] and rates[2][0] == pytest.approx(1e-3*4/256*.6)
+    losses,own = [],tuner.training_steps
+    monkeypatch.setattr(tuner, 'training_steps', lambda *args: losses.append(args[6].keywords['loss']) or own(*args))
     assert run_finetuning(again)['after'] == results['after']
+    assert losses[0].func is classification_loss and losses[0].keywords == dict(label_smoothing=.2)
     want,got = load_file(top/'tuned/model.safetensors'),load_file(folder/'model.safetensors')
     assert all(torch.equal(w, got[name]) for name,w in want.items())             # drop path drew the same numbers
     assert (folder/'metrics.jsonl').read_text().count('\n') == 6 and results['training_rows'] == 16
-    assert results['before']['images'] == results['after']['images'] == 8
+    assert results['before']['images'] == results['after']['images'] == 8 and results['skipped_in_training'] == 1
+    groups = read_state(checkpoints(folder)[-1]/'state.pt')['training']['optimizer']['param_groups']
+    assert len(groups) == len(parts.groups) and all(g['betas'] == (.9, .999) for g in groups)
+    assert [g['initial_lr'] for g in groups] == [g['lr'] for g in parts.groups]
