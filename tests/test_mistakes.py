@@ -147,6 +147,15 @@ def test_a_resumed_stage_does_only_the_steps_that_are_left(cpu):
     assert found == [4, 5]
 
 
+def test_steps_clip_as_their_stage_says(cpu):
+    stage,model = Stage('x', 1, 0., .1, 0, .5),nn.Linear(2, 1, bias=False)
+    optimizer,schedule = make_optimizer(cpu, model, stage)
+    backward = partial(loss_backward, loss=lambda model, batch, stage: model(batch).sum())
+    step, = training_steps(cpu, model, optimizer, schedule, iter([torch.tensor([[3., 4.]])]), stage, backward)
+    torch.testing.assert_close(optimizer.state[model.weight]['exp_avg'], torch.tensor([[.03, .04]]), rtol=1e-4, atol=1e-6)
+    assert step.grad_norms.tolist() == [5.]
+
+
 def test_optimizer_is_the_papers_adamw(cpu):
     flip = tiny_flip(image_pos='learned')
     optimizer,_ = make_optimizer(cpu, flip, Stage('x', 10, 0., 3e-4, 0))
@@ -227,7 +236,8 @@ def test_a_batch_is_masked_as_its_stage_says():
     seen = []
     def model(*args): seen.append(args); return unit(2), unit(2, seed=1), torch.tensor(5.)
     batch = dict(images=pictures(2), ids=torch.ones(2, 8, dtype=torch.long), image_noise='image', text_noise='text')
-    contrastive_loss(model, batch, Stage('x', 1, .75, 1., 0))
+    loss = contrastive_loss(model, batch, Stage('x', 1, .75, 1., 0))
+    assert torch.equal(loss, info_nce(unit(2), unit(2, seed=1), 5.))
     encode_batch(model, batch, 0., .25, 'padding_first')
     (x,ids,*first),(*_,ratio,text_ratio,order,image_noise,text_noise) = seen
     assert torch.equal(x, to_float(batch['images'])) and ids is batch['ids']
@@ -267,6 +277,7 @@ def test_evaluating_leaves_modes_and_generators_as_they_were():
     flip = tiny_flip().train()
     flip.text_encoder.eval()
     before = torch.get_rng_state()
+    with evaluating(flip, 0): assert torch.equal(torch.rand(2), torch.rand(2, generator=rng(0)))
     with evaluating(flip, 3):
         drawn = torch.rand(2)
         assert not any(m.training for m in flip.modules()) and torch.is_inference_mode_enabled()
@@ -317,6 +328,7 @@ def test_ranks_count_wrong_answers_ahead_and_ties_against(monkeypatch, chunk, he
     q,g,q_ids,g_ids = unit(5),unit(9, seed=1),torch.arange(5),torch.tensor([0, 0, 1, 2, 3, 4, 4, 1, 2])
     g[3] = g[2]                                                                  # a tie of a right and a wrong one
     assert ranks(q, q_ids, g, g_ids, chunk).tolist() == plain_ranks(q @ g.T, q_ids[:, None] == g_ids)
+    assert ranks(q[:1], torch.tensor([9]), g, g_ids).item() > 10**9              # no right answer: never found
 
 
 def test_retrieval_goes_both_ways_with_the_captions_of_each_image():

@@ -1,5 +1,5 @@
 "What a run reads, saves, resumes and logs, in small direct tests: seeds, splits, shares of processes, places in a stream."
-import json, math, random, shutil, signal
+import json, math, random, shutil, signal, threading, time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace as Plain
@@ -15,19 +15,21 @@ from torch import nn
 from flip_nb.data import stream as streaming
 from flip_nb.data.lanes import Lane, shard_plan
 from flip_nb.data.pairs import AllRows, Batches, Collate, SkippedRows, corpus, draw_items, own_rng
-from flip_nb.data.records import Source
+from flip_nb.data.records import BadShard, Source
 from flip_nb.data.stream import PairStream, merge_states, pick_source, stream_loader
 from flip_nb.distributed import talk_group
+from flip_nb.evaluation.scores import evaluate_scenes
 from flip_nb.loop import Stage, Step, TrainingDiverged
 from flip_nb.loss import info_nce
 from flip_nb.model import to_float
-from flip_nb.scale import beside
+from flip_nb.scale import beside, trainer
 from flip_nb.scale.accumulate import cached_backward, checkpoint_blocks, split_batch
 from flip_nb.scale.beside import Evaluations, Shadow, mean_score
 from flip_nb.scale.checkpoint import (
-    StopRequest, checkpoints, latest_checkpoint, mark_best, random_state, read_state, save_checkpoint, set_random_state, training_state)
+    Interrupted, StopRequest, checkpoints, latest_checkpoint, mark_best, random_state, read_state, save_checkpoint, set_random_state,
+    training_state)
 from flip_nb.scale.config import TrainConfig, changed, fill_in_steps, resolve, resume_config, stages_of
-from flip_nb.scale.loader import count_rows, deliver, make_loader, make_stream, noise_sizes, open_train_data
+from flip_nb.scale.loader import count_rows, deliver, make_loader, make_stream, new_model, noise_sizes, open_train_data
 from flip_nb.scale.options import build, flatten, given
 from flip_nb.scale.results import collect_results, plot_run
 from flip_nb.scale.run import (
@@ -35,7 +37,8 @@ from flip_nb.scale.run import (
     progress_state, publish, save_run)
 from flip_nb.scale.steps import filled_up, largest_batch, made_batch, our_step
 from flip_nb.scale.trainer import (
-    checkpoint_is_due, contrastive_backward, evaluation_is_due, log_line, open_loader, open_run)
+    checkpoint_is_due, contrastive_backward, evaluation_is_due, log_line, open_loader, open_run, stop_run)
+from flip_nb.scenes import Scenes
 from flip_nb.train import train
 
 
@@ -64,6 +67,7 @@ def test_a_pass_shows_every_row_once_and_processes_share_it():
     for epoch in (0, 1):
         seen = [row for step in range(3*epoch, 3*epoch + 3) for row in whole.rows(step)[1]]
         assert sorted(seen) == list(range(18))
+    assert whole.rows(0) == batches(18).rows(0) and whole.rows(4) == batches(18).rows(4)        # in any order
     for step in (0, 2, 4): assert sum((s.rows(step)[1] for s in shares), []) == whole.rows(step)[1]
     assert [batches(20).rows(s)[0] for s in (2, 3, 5, 6)] == [0, 1, 1, 2]        # 20 rows: three batches of 6, two rows left
 
@@ -108,6 +112,7 @@ def test_one_of_several_captions_is_drawn_and_a_broken_row_gives_way_to_the_next
     assert [x is None for x,*_ in map(AllRows(pairs).__getitem__, range(4))] == [False, False, True, True]
     assert sorted(corpus(pairs)) == ['a', 'b', 'c', 'd', 'e']
     assert make_pairs(captions=[1, -1, 0], label_names=['x', 'y']).captions(0) == ['y']
+    assert corpus(make_pairs(captions=[1, 1], label_names=['x', 'y'])) == ['x', 'y']
     assert make_pairs(captions=[1, -1, 0], label_names=['x', 'y']).captions(1) == []
 
 
@@ -141,7 +146,7 @@ class Made(Source):
         super().__init__([f'{letter}{s}' for s in range(len(sizes))], ('image',), ('caption',), weight=weight)
         self.record = dict(image=png(pictures(1)[0]), caption=[f'{letter} first', f'{letter} second'])
     def records(self, shard, wanted=lambda i: True, start=0):
-        for i in range(start, self.sizes[shard]):
+        for i in range(self.sizes[shard]):                                       # from its beginning, as a tar file
             if wanted(i): yield i, str(i), self.record
 
 
@@ -154,10 +159,11 @@ def test_every_record_is_read_once_in_a_pass_whatever_the_number_of_readers(lane
     found = []
     for lane in range(lanes):
         reader = Lane(Made(), 0, lane, lanes, seed=3, buffer_size=4)
-        while True:
+        for _ in range(len(everything) + 1):
             epoch,key,*_ = next(reader)
             if epoch: break
             found.append(key)
+        assert epoch == 1
     assert sorted(found) == everything
 
 
@@ -178,6 +184,8 @@ def test_passes_seeds_and_sources_have_orders_of_their_own_and_blocks_are_shuffl
     one,two = keys_of(reader, 22),keys_of(reader, 22)
     assert sorted(one) == sorted(two) and one != two
     assert keys_of(Lane(Made(sizes=(22,)), buffer_size=1), 22) == [f'a0/{i}' for i in range(22)]
+    blocks = [[int(k[3:]) % 20 for k in keys_of(reader, 20)] for reader in [Lane(Made(sizes=(40,)), buffer_size=20)] for _ in range(2)]
+    assert sorted(blocks[0]) == sorted(blocks[1]) == list(range(20)) and blocks[0] != blocks[1]
     assert keys_of(Lane(Made(sizes=(22,)), buffer_size=22), 22) != [f'a0/{i}' for i in range(22)]
 
 
@@ -229,13 +237,14 @@ def test_a_stream_in_another_setting_begins_the_next_pass():
 
 
 def test_after_a_restart_the_batches_come_from_the_reader_whose_turn_it_is(monkeypatch):
-    def begin(worker, start):
+    def begin(worker, start, **other):
         monkeypatch.setattr(streaming, 'get_worker_info', lambda: Plain(id=worker, num_workers=2))
-        return next(iter(stream(start=start)))['state']
+        return next(iter(stream(start=start, **other)))['state']
     first = {worker: begin(worker, None) for worker in (0, 1)}
     assert [first[w]['lane'] for w in (0, 1)] == [0, 1]
     again = [begin(worker, {0: first[0]}) for worker in (0, 1)]                  # one batch was given: lane 1 is next
     assert [(s['lane'], s['batches']) for s in again] == [(1, 1), (0, 2)] and again[0] == first[1]
+    assert [begin(worker, {0: first[0]}, seed=1)['lane'] for worker in (0, 1)] == [0, 1]       # another reading
 
 
 def test_the_newest_state_of_each_reader_of_the_latest_reading_counts():
@@ -249,6 +258,25 @@ def test_sources_are_drawn_by_their_weights():
     two = [Made('a', weight=3.), Made('b', weight=1.)]
     rows = [key[0] for b in take(stream(sources=two), 100) for key in b['rows']]
     assert 250 < rows.count('a') < 350
+    equal = [Made('a'), Made('b')]
+    drawn = [[key[0] for b in take(stream(rank, 2, sources=equal), 8) for key in b['rows']] for rank in (0, 1)]
+    assert drawn[0] != drawn[1]                                                  # every reader draws for itself
+    keys = [key for b in take(stream(sources=equal), 16) for key in b['rows']]
+    one,two = ([k[1:] for k in keys if k[0] == letter] for letter in 'ab')
+    assert one[:15] != two[:15]                                                  # and reads each source in an order of its own
+
+
+class Torn(Made):
+    "The second shard cannot be read."
+    def records(self, shard, wanted=lambda i: True, start=0):
+        if shard == 1: raise BadShard('shard unreadable', 'torn')
+        yield from super().records(shard, wanted, start)
+
+
+def test_a_shard_that_cannot_be_read_is_reported_and_passed_over():
+    found = take(stream(sources=[Torn()]), 3)
+    assert list([f for b in found for f in b['broken']][0]) == ['a1', 'shard unreadable', 'torn']
+    assert not any(key.startswith('a1') for b in found for key in b['rows'])
 
 
 # ------------------------------------------------------------------------------------------------------ what a run reads
@@ -280,6 +308,26 @@ def test_objects_are_measured_on_their_test_split():
     del splits['test']
     assert open_train_data(options(), 16, splits).evaluate(flip, flip.tokenizer)['rows'] == 5
     assert open_train_data(options(), 16, splits['train']).evaluate(flip, flip.tokenizer)['retrieval'] is None
+
+
+def test_scenes_to_train_on_and_to_measure_on_follow_the_options():
+    data = open_train_data(options(seed=4, eval_size=70), 16)
+    assert torch.equal(data.train[3][0], Scenes('train', 16, seed=4)[3][0])
+    assert data.evaluate.func is evaluate_scenes and data.evaluate.keywords == dict(size=70, seed=4)
+
+
+def test_a_vocabulary_has_the_size_that_was_asked_for():
+    captions = [f'w{i} x{7*i}' for i in range(400)]
+    sizes = [new_model(options(vocab_size=n).model, lambda: captions).config.vocab_size for n in (40, 90)]
+    assert sizes == [40, 90]
+
+
+def test_every_process_of_a_stream_knows_its_place():
+    second = Plain(process_index=1, num_processes=2, device=torch.device('cpu'), is_main_process=False)
+    config = options(data='x', stream=True, batch_size=4, seed=3, buffer_size=7)
+    made = make_stream(second, [Made()], 16, None, config, dict(image_noise=3)).dataset
+    assert (made.rank, made.world, made.seed, made.buffer_size, made.batch_size) == (1, 2, 3, 7, 4)
+    assert made.noise == dict(image_noise=3)
 
 
 def test_noise_for_every_mask_and_no_more():
@@ -335,6 +383,7 @@ def test_what_is_given_wins_over_the_recipe_and_the_recipe_over_defaults():
     c,mine = options(recipe=name, batch_size=512),options(recipe=name, batch_size=512, lr=.5, mask_ratio=.25)
     assert c.stages.lr == recipe['base_lr']*2 and (mine.stages.lr, mine.masking.mask_ratio) == (.5, .25)
     assert c.masking.mask_ratio == recipe['mask_ratio']
+    assert c.model.vocab and options(recipe=name, vocab_size=99).model.vocab is None
     s = fill_in_steps(c, 1000).stages
     assert s.tune_steps == 0 or s.tune_steps == recipe.get('tune_steps', s.steps//20)
     assert abs(s.warmup_steps - s.steps*recipe['warmup_epochs']/recipe['virtual_epochs']) < 1
@@ -347,7 +396,7 @@ def test_stages_follow_the_options():
 
 
 def test_a_resumed_run_keeps_its_options_and_takes_new_ones_only_where_it_may(tmp_path):
-    started = flatten(changed(fill_in_steps(options(steps=40, seed=3), None), out=str(tmp_path), mixed_precision='no'))
+    started = flatten(changed(fill_in_steps(options(steps=40, seed=3), None), out='moved', mixed_precision='no'))
     (tmp_path/'train_config.json').write_text(json.dumps(started))
     again = resume_config(*given(TrainConfig, None, dict(resume=str(tmp_path), keep=7)))
     assert (again.stages.steps, again.seed, again.save.keep, again.save.out) == (40, 3, 7, str(tmp_path))
@@ -387,6 +436,8 @@ def test_the_newest_checkpoint_that_is_whole_is_taken_and_the_others_are_named(t
     (tmp_path/'checkpoints/step-00000003/x').write_text('y')
     path,faults = latest_checkpoint(tmp_path)
     assert path.name == 'step-00000002' and len(faults) == 1 and 'step-00000003' in faults[0]
+    save_checkpoint(tmp_path, 3, fill, keep=3)                                   # a damaged one is written anew
+    assert latest_checkpoint(tmp_path) == (tmp_path/'checkpoints/step-00000003', [])
 
 
 def test_all_generators_of_a_process_are_restored():
@@ -446,6 +497,9 @@ def test_progress_comes_back_from_a_checkpoint_and_counts_on():
     p.add(Step(Stage('x', 9, 0., 1., 0), 5, None, torch.tensor(2.), torch.tensor([3., 4.]), .5))
     q = progress_from(progress_state(p))
     assert (q.step, q.done, q.waited, torch.stack(q.losses).tolist()) == (5, 1, 1.5, [1., 2.]) and len(q.norms) == 2
+    q.spend(time.perf_counter() - 5, torch.device('cpu'))
+    assert q.seconds == pytest.approx(9, abs=.1) and q.worked == pytest.approx(5, abs=.1)
+    q.seconds = 4.
     end_stage(q, 'scores')
     assert (q.stage, q.step, q.done, q.seconds, q.finished) == (1, 0, 1, 0., [dict(seconds=4., results='scores')])
 
@@ -512,6 +566,8 @@ def test_a_checkpoint_that_could_not_be_written_is_tried_again(tmp_path, cpu, ca
     with pytest.raises(ValueError, match='step 4 could not be written'): save_run(saving, must=True)
     saving.write = write
     save_run(saving)
+    saving.write = None                                                          # step 4 is saved: nothing is written again
+    save_run(saving)
     assert saving.last == 4 and latest_checkpoint(tmp_path)[0].name == 'step-00000004'
 
 
@@ -556,8 +612,29 @@ def test_the_weights_that_are_evaluated_are_those_of_that_step_and_the_best_is_m
     assert evaluations.finish(Stage('masked', 9, 0., 1., 0))['zero_shot'] == .99
 
 
+def test_an_evaluation_that_was_cut_off_is_known_and_repeated(tmp_path, cpu):
+    flip,go = tiny_flip(),threading.Event()
+    run,found = Run(cpu, tmp_path, flip, Progress(step=2, done=2)),[]
+    for done,scale in ((2, 3.), (4, 5.)):
+        flip.logit_scale.data.fill_(scale)
+        save_checkpoint(tmp_path, done, flip.save_pretrained, keep=9)
+    evaluations = Evaluations(run, lambda model: go.wait() and found.append(model.logit_scale.item()) or scores(.1))
+    assert evaluations.pending() is None
+    evaluations.start_now(Stage('masked', 9, 0., 1., 0))
+    pending = evaluations.pending()
+    assert (pending['done'], pending['stage']) == (2, 'masked')
+    go.set(); evaluations.shadow.wait()
+    run.progress.done = 4
+    assert evaluations.repeat(pending) is False and found == [5.]                # its line is there: it had ended
+    (tmp_path/'evaluations.jsonl').unlink()
+    assert evaluations.repeat(pending) is False and evaluations.repeat(pending | dict(done=4)) is True
+    evaluations.shadow.wait()
+    assert evaluations.repeat(pending | dict(done=4)) is True
+    assert found == [5., 3., 5.] and evaluations.repeat(None) is False and evaluations.repeat(pending | dict(done=3)) is False
+
+
 def test_the_score_that_chooses_the_best():
-    assert mean_score(scores(.3, .5, .1)) == .3 and mean_score(scores(None, .5, .1)) == .3
+    assert mean_score(scores(0., .5, .1)) == 0 and mean_score(scores(.3, .5, .1)) == .3 and mean_score(scores(None, .5, .1)) == .3
     assert mean_score(dict(zero_shot=None, retrieval=None)) == 0
 
 
@@ -649,8 +726,8 @@ def test_the_largest_batch_is_found_by_doubling_and_halving():
 
 # ----------------------------------------------------------------------------------------------------------- a whole run
 
-DATA = dict(batch_size=4, steps=6, tune_steps=4, weight_decay=.5, lr=1e-2, warmup_steps=2, log_every=2, save_every=2, keep=9, quiet=True,
-            track='none', mixed_precision='no', seed=5, threads=1)
+DATA = dict(batch_size=4, steps=6, tune_steps=4, weight_decay=.5, lr=1e-2, warmup_steps=2, log_every=2, save_every=2, eval_every=4, keep=9,
+            quiet=True, track='none', mixed_precision='no', seed=5, threads=1)
 
 
 def run_data(): return dict(train=make_pairs(10), val=make_pairs(3, seed=1), test=make_pairs(5, seed=2))
@@ -675,6 +752,9 @@ def stopped(finished, tmp_path, step):
     return folder
 
 
+def evaluated(folder): return [json.loads(line) for line in (folder/'evaluations.jsonl').read_text().splitlines()]
+
+
 def test_results_of_a_run(finished):
     folder,results = finished
     lines = [json.loads(line) for line in (folder/'metrics.jsonl').read_text().splitlines()]
@@ -687,8 +767,8 @@ def test_results_of_a_run(finished):
     assert math.isclose(lines[2]['pairs_per_second'], 24/lines[2]['seconds']) and 0 <= lines[2]['data_wait'] <= 1
     assert math.isclose(results['train_seconds'], lines[2]['seconds'] + lines[4]['seconds'])
     assert math.isclose(results['pairs_per_second'], 24/lines[2]['seconds'])
-    both = [json.loads(line) for line in (folder/'evaluations.jsonl').read_text().splitlines()]
-    assert [(e['stage'], e['done']) for e in both] == [('masked', 6), ('tuning', 10)]
+    both = evaluated(folder)[1:]
+    assert [(e['stage'], e['done']) for e in evaluated(folder)] == [('masked', 4), ('masked', 6), ('tuning', 10)]
     assert results['retrieval_before_tuning'] == both[0]['retrieval'] and results['retrieval'] == both[1]['retrieval']
     assert [int(p.name[5:]) for p in checkpoints(folder)] == [2, 4, 6, 8, 10]
     groups = read_state(checkpoints(folder)[-1]/'state.pt')['training']['optimizer']['param_groups']
@@ -717,6 +797,7 @@ def test_new_weights_follow_the_seed_of_the_run(tmp_path):
     (one,drawn),(same,again),(other,_) = weights('a', 1),weights('bcd', 1),weights('ef', 2)
     assert all(torch.equal(w, same[n]) for n,w in one.items()) and torch.equal(drawn, again)
     assert not torch.equal(one['image_proj.weight'], other['image_proj.weight'])
+    assert torch.equal(drawn, torch.rand(3, generator=rng(2)))                    # training draws from another seed than the weights
 
 
 @pytest.mark.parametrize('step', [4, 6, 8])
@@ -727,6 +808,7 @@ def test_a_run_that_was_killed_ends_with_the_same_weights_and_log(finished, tmp_
     assert all(torch.equal(w, got[name]) for name,w in want.items())
     steps = lambda f: [(line['stage'], line['step'], line['loss'], line['lr']) for line in
                        map(json.loads, (f/'metrics.jsonl').read_text().splitlines())]
+    assert [e['done'] for e in evaluated(folder)] == [4, 6, 10]                  # also what was under way when it was killed
     assert steps(folder) == steps(finished[0]) and results['retrieval'] == finished[1]['retrieval']
 
 
@@ -742,6 +824,13 @@ def test_a_resumed_run_knows_how_many_rows_it_has_seen(finished, tmp_path):
         assert parts.run.identity == dict(preset=config_of(folder).model.preset, seed=5, rows=10)
         assert parts.backward.keywords == dict(text_mask_ratio=0., text_mask_order='random', micro_batch=0, loss_chunk=0)
     finally: parts.lock and parts.lock.close()
+
+
+def test_a_run_is_resumed_with_its_own_seed_and_data_only(finished, tmp_path):
+    folder = stopped(finished, tmp_path, 4)
+    here = dict(resume=str(folder), out=str(folder))
+    with pytest.raises(ValueError, match='seed 5.*has 6'): open_run(config_of(folder, seed=6, **here), run_data())
+    with pytest.raises(ValueError, match='10 rows.*have 9'): open_run(config_of(folder, **here), dict(train=make_pairs(9)))
 
 
 def test_options_of_a_step_reach_it(finished, tmp_path):
@@ -798,6 +887,14 @@ def test_a_log_line_averages_the_steps_since_the_last_one_and_leaves_bad_ones_ou
     run.progress.losses,run.progress.norms = [torch.tensor(1.)]*9,[torch.tensor([math.nan]*5)]*9
     batch = dict(images=pictures(2), ids=flip.tokenizer(WORDS[:2]))
     with pytest.raises(TrainingDiverged, match='10 steps in a row'): log_line(run, Step(stage, 6, batch), config)
+
+
+def test_a_run_that_is_asked_to_stop_saves_first(monkeypatch):
+    saved = []
+    monkeypatch.setattr(trainer, 'save_run', lambda *args, **kwargs: saved.append((args, kwargs)))
+    parts = Plain(checkpoints='c', run=Plain(folder='there', accelerator=Plain(wait_for_everyone=lambda: saved.append('wait'))))
+    with pytest.raises(Interrupted, match='SIGTERM; saved, resume with --resume there'): stop_run(parts, 'SIGTERM')
+    assert saved == [(('c',), dict(must=True, leave=True)), 'wait']
 
 
 def test_the_curve_of_the_second_stage_begins_where_the_first_ended(finished):

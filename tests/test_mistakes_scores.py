@@ -14,7 +14,7 @@ from flip_nb.evaluation.answers import (
     answer_chance, answer_ranks, answer_recall, image_print, image_prints, match_answers, shared_line, table_ranks)
 from flip_nb.evaluation.datasets import TestSet
 from flip_nb.evaluation.features import (
-    FeatureKind, as_extracted, class_numbers, embed_batch, extract_features, fingerprints, open_pictures)
+    FeatureKind, as_extracted, class_numbers, digest, embed_batch, extract_features, fingerprints, open_pictures)
 from flip_nb.evaluation.galleries import best_matches, confusion_counts, find_mistakes, most_confused
 from flip_nb.evaluation.intervals import Score, compare, interval, redraw, score_value
 from flip_nb.evaluation.labels import classification_scores, mean_per_class_accuracy
@@ -37,8 +37,9 @@ from flip_nb.transfer.classifier import ImageClassifier, layer_groups, set_drop_
 from flip_nb.transfer.labelled import (
     Labelled, classification_loss, collate_labelled, evaluate_classifier, write_labelled_scenes)
 from flip_nb.transfer.tuner import (
-    FinetuneConfig, fill_in_tuning, make_classifier, open_finetuning, run_finetuning, save_tuning, tuning_line, tuning_stage)
-from flip_nb.zero_shot import SCENE_NAMES, SCENE_TEMPLATES
+    FinetuneConfig, fill_in_tuning, finish_finetuning, make_classifier, open_finetuning, run_finetuning, save_tuning, tuning_line,
+    tuning_stage)
+from flip_nb.zero_shot import SCENE_NAMES, SCENE_TEMPLATES, encode_captions, zero_shot_classifier
 
 TestSet.__test__ = False
 
@@ -127,23 +128,35 @@ def test_broken_rows_are_left_out_and_counted():
     pairs.rows[2]['image'] = pairs.rows[0]['image']                              # one image in two rows
     again = evaluate_pairs(flip, flip.tokenizer, pairs)
     assert (again['rows'], again['images']) == (3, 2) and 'rows show an image again' in again['shared']
+    z,texts,_,prints = encode_pairs(flip, pairs, batch_size=5)
+    assert prints == image_prints(pairs, [0, 2, 4])
+    answers = match_answers(texts, prints)
+    words = encode_captions(flip, flip.tokenizer, answers.captions)
+    assert again['retrieval'] == answer_recall(z[[0, 2]], words, answers)
+
+
+def test_an_evaluation_of_labels_passes_its_masks_on(monkeypatch):
+    job,seen,own = labelled_job(names=NAMES[:3]),[],scoring.encode_pairs
+    monkeypatch.setattr(scoring, 'encode_pairs', lambda flip, pairs, *args: seen.append(args) or own(flip, pairs, *args))
+    found = evaluate_pairs(job.flip, job.tokenizer, job.data.splits['test'], .5, 0, 7)
+    assert seen == [(.5, 0, 7)] and found['chance']['zero_shot'] == 1/3 and found['rows'] == 16
 
 
 def test_zero_shot_accuracy_of_labels():
     flip,names = tiny_flip(),['red', 'blue', 'green']
-    from flip_nb.zero_shot import zero_shot_classifier
     classes = zero_shot_classifier(flip, flip.tokenizer, names, ['{}', 'a {}', 'a photo of a {}'])
     accuracy,chance = label_accuracy(flip, flip.tokenizer, classes[[0, 1, 2, 2]], ['red', 'blue', 'green', 'red'], names)
     assert (accuracy, chance) == (.75, 1/3)
 
 
 def test_scenes_are_new_ones_with_the_names_of_their_split(monkeypatch):
-    answers,asked = {},[]
+    answers,home,asked = {},{},[]
     for split in ('val', 'unseen'):
         images,_,labels = Scenes(split, 16, seed=3, num_objects=1).batch(range(40))
         answers |= {x.numpy().tobytes(): int(y) for x,y in zip(images, labels)}
+        home |= {x.numpy().tobytes(): split for x in images}
     def oracle(flip, batches, ratio, seed, turns):
-        asked.append((ratio, seed))
+        asked.append((ratio, seed, home.get(batches[0][0].numpy().tobytes())))
         known = [answers.get(x.numpy().tobytes(), -1) for batch in batches for x in batch]
         return torch.stack([torch.eye(len(CLASSES))[y] if y >= 0 else unit(1, len(CLASSES), i)[0] for i,y in enumerate(known)])
     def classes(flip, tokenizer, names, templates, turns):
@@ -154,7 +167,8 @@ def test_scenes_are_new_ones_with_the_names_of_their_split(monkeypatch):
     monkeypatch.setattr(scoring, 'encode_captions', lambda flip, tokenizer, captions, turns: unit(len(captions), len(CLASSES)))
     flip = tiny_flip()
     found = evaluate_scenes(flip, flip.tokenizer, 40, 3, .25)
-    assert found['zero_shot'] == found['zero_shot_unseen'] == 1 and asked == [(.25, 3)]*3 and found['scenes'] == 40
+    assert found['zero_shot'] == found['zero_shot_unseen'] == 1 and found['scenes'] == 40
+    assert asked == [(.25, 3, 'val'), (.25, 3, 'unseen'), (.25, 3, None)]
     assert found['chance']['zero_shot'] == found['chance']['zero_shot_unseen'] == 1/80
     assert evaluate_scenes(flip, flip.tokenizer, 40, 4)['zero_shot'] < .5        # other scenes: the oracle does not know them
 
@@ -213,6 +227,7 @@ def test_two_models_are_compared_question_by_question():
     found = compare(a, b)
     assert found == dict(difference=.25, low=pytest.approx(.19, abs=.015), high=pytest.approx(.31, abs=.015))
     assert compare(b, a)['difference'] == -.25 and compare(a, a) == dict(difference=0, low=0, high=0)
+    assert torch.equal(redraw(a, 9, 1), redraw(a, 9, 1)) and not torch.equal(redraw(a, 9, 1), redraw(a, 9, 2))
     d,low,high = paired_bootstrap(a.values.bool(), b.values.bool(), generator=rng())
     assert d == .25 and low == pytest.approx(.19, abs=.015) and high == pytest.approx(.31, abs=.015)
 
@@ -298,6 +313,18 @@ def test_zero_shot_scores_with_their_chance():
     assert [s.metric for s in tasks.zero_shot_task(labelled_job(names=NAMES[:5]))[0]] == ['top_1', 'mean_per_class']
 
 
+def test_figures_of_zero_shot_get_right_and_given_classes_in_this_order(monkeypatch):
+    job,drawn = labelled_job(config=JobConfig(quiet=True, pictures=8)),{}
+    for name in ('confusion_matrix', 'confident_mistakes'):
+        monkeypatch.setattr(tasks, name, lambda *args, name=name, **kwargs: drawn.setdefault(name, args))
+    right = tasks.zero_shot_task(job)[0][0].values
+    labels,given,names = drawn['confusion_matrix']
+    assert labels.tolist() == [i*i % 8 for i in range(16)] and torch.equal(given == labels, right) and names == NAMES
+    images,scores,labels,_,scale,most = drawn['confident_mistakes']
+    assert most == (~right[::2]).sum() and torch.equal(scores.argmax(1) == labels, right[::2]) and len(images) == 8
+    assert scale == pytest.approx(1/.07)
+
+
 def test_the_probe_is_fitted_on_rows_that_do_not_choose_its_strength(monkeypatch):
     asked = []
     def probe(*args): asked.append(args); return dict(correct=torch.ones(3), chance=.25)
@@ -339,7 +366,6 @@ def test_retrieval_scores_with_groups_of_captions():
     job = caption_job([['red', 'blue'], ['grey'], ['white', 'a green cone'], ['red']])
     scores,_ = tasks.retrieval_task(job)
     answers = match_answers([['red', 'blue'], ['grey'], ['white', 'a green cone'], ['red']])
-    from flip_nb.zero_shot import encode_captions
     x,t = job_features(job).features,encode_captions(job.flip, job.tokenizer, answers.captions)
     ranks,chance = answer_ranks(x, t, answers),answer_chance(answers)
     assert [s.metric for s in scores] == [f'{way} R@{k}' for way in ('i2t', 't2i') for k in (1, 5, 10)]
@@ -391,6 +417,12 @@ def test_kept_features_are_those_of_the_same_model_and_images(tmp_path):
     assert changed == {'data'} and seen(flip, pairs) == first
     flip.image_encoder.cls_token.data += 1
     assert {k for k,v in seen(flip, pairs).items() if v != first[k]} == {'model'}
+    heads = tiny_flip(image_heads=4)                                             # the same weights, another model
+    assert {k for k,v in seen(heads, pairs).items() if v != first[k]} == {'model'}
+    assert len({digest(x) for x in (torch.zeros(4), torch.zeros(2, 2), torch.zeros(4).int())}) == 3
+    cropped = make_pairs()
+    cropped.transform = None                                                     # of training; features see whole images
+    assert torch.equal(open_pictures(cropped, 16)[1][0], pairs.read(1)[0]) and cropped.transform is None
 
 
 def test_embedding_in_parts_finds_faults_by_row_and_other_masks_in_every_part():
@@ -447,6 +479,7 @@ def test_damage_and_masked_views_are_compared_with_whole_images():
     views,_ = tasks.masked_views_task(job)
     assert torch.equal(views[0].values, whole) and [s.metric for s in views[1:3]] == ['50% dropped, 1 view', '50% dropped, 2 views']
     assert torch.equal(views[2].values, masked_view_curve(job.flip, task, .5, (1, 2, 4, 8), seed=3, correct=True)[1])
+    assert torch.equal(views[5].values, masked_view_curve(job.flip, task, .75, (1, 2, 4, 8), seed=3, correct=True)[0])
 
 
 def test_views_of_an_image_are_averaged_and_disjoint_views_cover_it():
@@ -517,6 +550,10 @@ def test_a_fault_costs_one_task_and_is_raised_at_the_end(tmp_path, monkeypatch):
     for task in ('knn', 'zero_shot'): run_task(task, job, report)
     stored = json.loads((tmp_path/'results.json').read_text())
     assert stored['options'] == dict(seed=4) and [r['score'] for r in stored['rows']] == [.5]
+    other = [s._replace(task='linear_probe') for s in made_scores(1., 1.)]
+    monkeypatch.setitem(reporting.TASKS, 'linear_probe', lambda job: (other, {}))
+    run_task('linear_probe', job, report)
+    assert [(r['task'], r['score']) for r in report.record()['rows']] == [('zero_shot', .5), ('linear_probe', 1.)]
     with pytest.raises(ValueError, match='knn of m on made: no rows'): finish_report(report)
 
 
@@ -642,12 +679,25 @@ def test_finetuning_stops_after_ten_steps_without_finite_gradients(tmp_path, cpu
     run = Run(cpu, tmp_path, model, Progress(step=9, seconds=3.), model)
     run.begin(stage := Stage('finetuning', 20, 0., 1., 0))
     parts = Plain(run=run, config=finetuning(run='x', data='y', batch_size=4))
-    bad = lambda n: ([torch.tensor(1.)]*n, [torch.tensor([math.nan, 1.])]*n)
+    bad = lambda n: ([torch.tensor(math.nan)]*n, [torch.tensor([math.nan, 1.])]*n)
     run.progress.losses,run.progress.norms = [torch.tensor(5.), *bad(9)[0]],[torch.ones(2), *bad(9)[1]]
     line = tuning_line(parts, Step(stage, 9))
-    assert (line['loss'], line['pictures_per_second'], line['skipped_steps']) == (pytest.approx(1.4), 12., 9)
+    assert (line['loss'], line['pictures_per_second'], line['skipped_steps']) == (5., 12., 9)
     run.progress.losses,run.progress.norms = bad(1)
-    with pytest.raises(TrainingDiverged, match='10 steps in a row.*step 9'): tuning_line(parts, Step(stage, 9, dict(images=pictures(2))))
+    step = Step(stage, 9, dict(images=pictures(2)))
+    with pytest.raises(TrainingDiverged, match='10 steps in a row.*step 9'): tuning_line(parts, step)
+
+
+def test_results_of_finetuning_tell_before_from_after(tmp_path, cpu, monkeypatch):
+    monkeypatch.setattr(tuner, 'evaluate_classifier', lambda *args: 'after')
+    config = fill_in_tuning(finetuning(run='x', data='y', steps=10, batch_size=4, seed=6, quiet=True), 40)
+    progress = Progress(finished=[dict(seconds=0., results='before')], seconds=2.)
+    parts = Plain(config=config, run=Run(cpu, tmp_path, None, progress, identity=dict(rows=40)), skipped=Plain(keys={1, 2}), began=0.,
+                  data=Plain(splits=dict(test=None), metric='top_1', class_names=NAMES))
+    found = finish_finetuning(parts)
+    assert (found['before'], found['after'], found['pictures_per_second'], found['seed']) == ('before', 'after', 20., 6)
+    assert (found['classes'], found['training_rows'], found['skipped_in_training']) == (8, 40, 2)
+    assert json.loads((tmp_path/'results.json').read_text()) == found
 
 
 TUNING = dict(batch_size=4, steps=6, log_every=1, save_every=2, keep=9, drop_path=.4, weight_decay=.3,
@@ -676,6 +726,7 @@ def test_finetuning_that_was_stopped_ends_with_the_same_weights(tuned, tmp_path,
     stored = json.loads((folder/'finetune_config.json').read_text()) | dict(out=str(folder), resume=str(folder))
     again = build(FinetuneConfig, stored)
     parts = open_finetuning(again)
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=rng(4)))            # drop path draws from another seed than the order
     parts.lock and parts.lock.close()
     assert parts.skipped.seen == 8 and parts.run.progress.done == 2 and parts.run.identity == dict(seed=3, rows=16)
     assert [len(b['rows']) for b in parts.loader] == [4]*4
