@@ -187,6 +187,9 @@ def repeat(self:Evaluations,
 ) -> bool: # Whether these were the weights of the checkpoint itself
     "Evaluate again what a kill may have left unfinished."
     if pending is None: return False
+    same = lambda line: all(line[k] == pending[k] for k in ('stage', 'done'))
+    if any(map(same, read_lines(self.log.path))):       # it ended while the checkpoint was made
+        return pending['done'] == self.run.progress.done
     checkpoint = self.run.folder/'checkpoints'/f"step-{pending['done']:08}"
     if checkpoint.exists():
         self.shadow.model.load_state_dict(load_file(checkpoint/'model.safetensors'))
