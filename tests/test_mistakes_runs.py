@@ -627,7 +627,9 @@ def test_an_evaluation_that_was_cut_off_is_known_and_repeated(tmp_path, cpu):
     run.progress.done = 4
     assert evaluations.repeat(pending) is False and found == [5.]                # its line is there: it had ended
     (tmp_path/'evaluations.jsonl').unlink()
-    assert evaluations.repeat(pending) is False and evaluations.repeat(pending | dict(done=4)) is True
+    assert evaluations.repeat(pending) is False
+    evaluations.shadow.wait()
+    assert evaluations.repeat(pending | dict(done=4)) is True
     evaluations.shadow.wait()
     assert evaluations.repeat(pending | dict(done=4)) is True
     assert found == [5., 3., 5.] and evaluations.repeat(None) is False and evaluations.repeat(pending | dict(done=3)) is False

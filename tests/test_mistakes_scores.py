@@ -350,6 +350,8 @@ def test_neighbours_are_training_rows_and_chance_is_the_largest_class():
     job = labelled_job(('train', 'test'))
     (score,),_ = tasks.knn_task(job)
     train,test = (job_features(job, s, projected=False).features for s in ('train', 'test'))
+    own = [extract_features(job.flip, job.data.splits[s], quiet=True).features for s in ('train', 'test')]
+    torch.testing.assert_close([train, test], own)                               # each split has its own
     labels = torch.tensor([i*i % 8 for i in range(16)])
     assert torch.equal(score.values, knn_predict(train, labels, test, k=16) == labels)
     assert score.chance == (labels == 1).sum()/16
