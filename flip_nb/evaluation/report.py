@@ -17,7 +17,7 @@ from .drawing import new_figure
 from .features import Extracted
 from .intervals import compare, interval, Score, score_value
 from .tasks import Job, TASKS
-from ..files import write_json
+from ..files import shown, write_json
 
 # %% ../../nbs/5_evaluation/14_report.ipynb #d154e22c
 def result_rows(
@@ -148,7 +148,7 @@ def show_report(
     lost = [f'{len(rows)} rows of {name}, split {split}, were skipped; results.json says which '
             f'and why' for name,splits in report.skipped.items() for split,rows in splits.items()]
     lost += [f'{name}: {line}' for name,line in report.shared.items()]
-    print(markdown_table(rows), *lost, f'everything is in {report.folder}', sep='\n\n')
+    print(markdown_table(rows), *lost, f'everything is in {shown(report.folder)}', sep='\n\n')
 
 # %% ../../nbs/5_evaluation/14_report.ipynb #71970050
 def finish_report(
@@ -158,7 +158,8 @@ def finish_report(
     record = report.record()
     if report.main: show_report(report)
     if report.faults:
-        failed = (f' ({len(report.faults)} tasks failed; what was done is in {report.folder})'
+        failed = (f' ({len(report.faults)} tasks failed; what was done is in '
+                  f'{shown(report.folder)})'
                   if report.rows else '')
         raise ValueError(report.faults[0] + failed)
     return record

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'source_comment', 'option', 'options_of', 'flatten', 'defaults', 'resumable', 'accepts', 'check_option',
-           'check', 'build', 'given', 'as_typed', 'twin', 'read_config', 'split_words', 'typed_names', 'command_line',
-           'run_command']
+           'check', 'enter', 'build', 'given', 'as_typed', 'twin', 'read_config', 'split_words', 'typed_names',
+           'command_line', 'run_command']
 
 # %% ../../nbs/7_scale/03_options.ipynb #119be649
 import atexit
@@ -19,6 +19,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_da
 from functools import cache
 from pathlib import Path
 from ..core import nearest
+from ..files import absolute_path
 
 # %% ../../nbs/7_scale/03_options.ipynb #3251a9c9
 def source_comment(
@@ -41,13 +42,14 @@ def option(
     choices:tuple|None=None, # The values allowed
     resume:bool=False, # May it change when a run is resumed?
     positional:bool=False, # Is it given by its place, without its name?
+    path=None, # Function that makes a path absolute, such as `absolute_path`; None: it is no path
 ) -> dataclasses.Field: # For the body of a dataclass
     "A field that knows its range; the comment beside it is its help."
     caller = sys._getframe(1)
     help = source_comment(caller.f_code.co_filename, caller.f_lineno)
     return field(default=default, metadata=dict(
         help=help, least=least, above=above, below=below, choices=choices, resume=resume,
-        positional=positional))
+        positional=positional, path=path))
 
 # %% ../../nbs/7_scale/03_options.ipynb #b61daeb4
 @cache
@@ -129,6 +131,20 @@ def check(
     for name,value in flatten(config).items(): check_option(name, *known[name], value)
 
 # %% ../../nbs/7_scale/03_options.ipynb #796aab19
+def enter(
+    Config:type, # Dataclass of options
+    values:dict, # Flat name to value, as they were given
+) -> dict: # The same with absolute paths, as text
+    "The door for paths."
+    known,out = options_of(Config),{}
+    for name,value in values.items():
+        door = known[name][0].metadata.get('path') if name in known else None
+        if door and isinstance(value, (str, Path, list, tuple)):
+            if not str(value).strip(): raise ValueError(f"--{name} is empty; give a path or a name")
+            value = door(value)
+        out[name] = str(value) if isinstance(value, Path) else value
+    return out
+
 def build(
     Config:type, # Dataclass of options
     values:dict, # Flat name to value; what is missing has its default
@@ -138,7 +154,7 @@ def build(
     for name in values:
         if name not in known:
             raise ValueError(f"there is no option --{name}." + nearest(name, list(known)))
-    values = {k: str(v) if isinstance(v, Path) else v for k,v in values.items()}
+    values = enter(Config, values)
     def fill(part, kind):
         if not is_dataclass(kind): return values[part]
         hints = typing.get_type_hints(kind)
@@ -163,7 +179,7 @@ def given(
             raise ValueError(f"there is no option {name!r}." + nearest(name, list(known)))
     usual = defaults(Config)
     values = usual | (flatten(config) if config is not None else {}) | options
-    values = {k: str(v) if isinstance(v, Path) else v for k,v in values.items()}
+    values = enter(Config, values)
     return values, {k for k,v in values.items() if k not in usual or v != usual[k]} | options.keys()
 
 # %% ../../nbs/7_scale/03_options.ipynb #4fe63d38
@@ -205,7 +221,7 @@ def read_config(
 ) -> dict: # Flat name to value
     "Values of a file."
     import yaml
-    try: loaded = yaml.safe_load(Path(path).expanduser().read_text()) or {}
+    try: loaded = yaml.safe_load(Path(absolute_path(path)).read_text(encoding='utf8')) or {}
     except OSError as e: raise ValueError(f"--config {path} cannot be read: {e.strerror}") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ValueError(f"--config {path} is not YAML: {' '.join(str(e).split())}") from e
@@ -273,7 +289,7 @@ def command_line(
         if epilog and {'-h', '--help'} & set(words): print(epilog)
         raise
     placed = {k for k,(f,_) in known.items() if f.metadata.get('positional')}
-    return flatten(parsed), typed_names(Config, words) | placed | values.keys()
+    return enter(Config, flatten(parsed)), typed_names(Config, words) | placed | values.keys()
 
 # %% ../../nbs/7_scale/03_options.ipynb #7bc25379
 def run_command(

@@ -8,7 +8,7 @@ __all__ = ['describe_run', 'plot_run', 'card_metrics', 'collect_results', 'repor
 # %% ../../nbs/7_scale/04f_results.ipynb #bbaf7807
 from pathlib import Path
 import torch
-from ..files import read_lines, write_json
+from ..files import read_json, read_lines, shown, write_json
 from ..loop import Stage
 from .config import TrainConfig, stages_of
 from .run import Run
@@ -24,7 +24,7 @@ def describe_run(
              f"{s.warmup_steps:,}"
              for s in stages_of(config)]
     many = f"{processes} process{'es' if processes > 1 else ''}"
-    return (f"{config.model.preset or config.model.init} on {Path(config.data.data).name}, "
+    return (f"{config.model.preset or shown(config.model.init)} on {Path(config.data.data).name}, "
             f"{config.optim.batch_size:,} pairs per step on {many}: " + '; then '.join(parts))
 
 # %% ../../nbs/7_scale/04f_results.ipynb #9c4e6074
@@ -32,7 +32,6 @@ def plot_run(
     folder:str|Path, # Run folder
 ): # Matplotlib figure
     "Loss and temperature over the steps of a run."
-    import json
     from math import log
     from matplotlib.figure import Figure                        # not pyplot: nothing is left open
     lines,fig,done = read_lines(Path(folder)/'metrics.jsonl'),Figure(figsize=(7, 2.6),
@@ -47,7 +46,7 @@ def plot_run(
         done = x[-1]
     config = Path(folder)/'train_config.json'
     if config.exists():
-        axs[0].axhline(log(json.loads(config.read_text())['batch_size']), color='grey', lw=.8,
+        axs[0].axhline(log(read_json(config)['batch_size']), color='grey', lw=.8,
                        ls=':')
     axs[0].set(xlabel='step', ylabel='InfoNCE loss')
     axs[1].set(xlabel='step', ylabel='temperature')
@@ -99,12 +98,12 @@ def report_results(
     if skipped:
         kinds = ', '.join(f'{n} x {kind}' for kind,n in skipped.items())
         print(f"{sum(skipped.values())} rows could not be used and were skipped ({kinds}); "
-              f"{run.folder/'skipped-0.jsonl'} names them")
+              f"{shown(run.folder/'skipped-0.jsonl')} names them")
     if n := results['skipped_steps']:
         print(f"{n} steps were skipped because a gradient was not finite")
     print(f"{results['pairs_per_second']:,.0f} pairs/s, {results['wall_seconds']:.0f} seconds in "
           f"all; "
-          f"everything is in {run.folder}")
+          f"everything is in {shown(run.folder)}")
 
 # %% ../../nbs/7_scale/04f_results.ipynb #fe1bc30e
 def finish_run(

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn, Tensor
-from ..files import LogFile, lock_folder, log_files
+from ..files import LogFile, lock_folder, log_files, shown
 from ..loop import Stage, Step, TrainingDiverged, make_optimizer
 from .checkpoint import (
     latest_checkpoint, load_training_state, random_state, read_state, save_checkpoint, save_state,
@@ -172,6 +172,7 @@ def advice(
     again = ('start another run with a lower --lr, a longer --warmup_steps, --grad_clip 1 or '
              '--mixed_precision no')
     if path is None: return f"no weights had been saved yet; {again}"
+    path = shown(path)
     return (f"the last finite weights are in {path}; {again} (with --init {path} it begins from "
             "these weights)")
 
@@ -236,7 +237,7 @@ def save_run(
         cause = getattr(e, 'strerror', None) or e
         fault = f"the checkpoint of step {done} could not be written ({cause}). Make room"
     if must or c.config.on_save_error == 'stop':                # raised on every process
-        gather_objects(ValueError(f"{fault}, then resume with --resume {run.folder}")
+        gather_objects(ValueError(f"{fault}, then resume with --resume {shown(run.folder)}")
                        if fault else None)
     elif fault:
         print(f"{fault}: training continues, and tries again at the next checkpoint",
@@ -267,7 +268,7 @@ def open_checkpoint(
     path,faults = gather_objects(latest_checkpoint(Path(folder)) if main else None)[0]
     if main and not quiet:
         for fault in faults: print(fault)
-        if path: print(f"resuming from {path}")
+        if path: print(f"resuming from {shown(path)}")
     if path is None: return None, None
     saved = read_state(path/'state.pt')
     saved['training']['model'] = load_file(path/'model.safetensors')
@@ -286,4 +287,4 @@ def check_identity(
             raise ValueError(f"the run was trained on {there:,} rows, but the data have {here:,} "
                              "now; give --data with the same rows, or start another run")
         raise ValueError(f"{path.name} is of a run with {name} {there!r}, and this run has "
-                         f"{here!r}; move that checkpoint out of {str(path.parent)!r}")
+                         f"{here!r}; move that checkpoint out of {shown(path.parent)!r}")

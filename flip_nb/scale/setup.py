@@ -20,6 +20,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs)
 from torch import nn, Tensor
+from ..files import shown
 from ..loop import describe_norms, diagnose
 
 # %% ../../nbs/7_scale/04a_setup.ipynb #4c694b88
@@ -51,7 +52,7 @@ def choose_precision(
 ) -> str: # 'no', 'bf16' or 'fp16'
     "Turn 'auto' into what the launcher was given, or else what pays on this machine."
     if mixed_precision not in (known := ('auto', 'no', 'bf16', 'fp16')):
-        raise ValueError(f"mixed_precision must be one of {', '.join(known)}, got "
+        raise ValueError(f"--mixed_precision must be one of {', '.join(known)}, got "
                          f"{mixed_precision!r}")
     launched = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
     if mixed_precision == 'auto': mixed_precision = launched
@@ -155,4 +156,4 @@ def lost_process(
         raise ValueError(
             f"process {accelerator.process_index} lost another one, which ended or did not answer "
             f"for "
-            f"{timeout} seconds ({cause}); resume with --resume {folder}") from e
+            f"{timeout} seconds ({cause}); resume with --resume {shown(folder)}") from e

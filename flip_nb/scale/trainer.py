@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from ..data.pairs import Collate
 from ..data.pairs import SkippedRows
-from ..files import lock_folder, log_files, new_run_folder, write_json
+from ..files import lock_folder, log_files, new_run_folder, shown, write_json
 from ..loop import (
     Stage, Step, TrainingDiverged, encode_batch, full, towers, training_steps)
 from ..loss import clamped_exp
@@ -289,7 +289,7 @@ def stop_run(
     "Save, wait for the others, and leave."
     save_run(parts.checkpoints, must=True, leave=True)
     parts.run.accelerator.wait_for_everyone()  # a launcher ends the others soon after the first
-    raise Interrupted(f"{signal}; saved, resume with --resume {parts.run.folder}")
+    raise Interrupted(f"{signal}; saved, resume with --resume {shown(parts.run.folder)}")
 
 @contextmanager
 def ending(

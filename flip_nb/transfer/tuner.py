@@ -22,7 +22,7 @@ from ..evaluation.datasets import TestSet
 from ..evaluation.prompts import text_classifier
 from ..evaluation.features import extract_features, open_pictures
 from ..evaluation.views import count_patches
-from ..files import lock_folder, log_files, new_run_folder, write_json
+from ..files import local_name, lock_folder, log_files, new_run_folder, shown, write_json
 from ..loop import (
     Stage, Step, TrainingDiverged, loss_backward, scaled_lr, towers, training_steps)
 from ..model import FLIP
@@ -86,7 +86,7 @@ class DeviceConfig:
 class FinetuneConfig:
     "Everything that fine-tuning can be asked for."
     # Folder of a run or of a converted model, or its name on the Hugging Face hub
-    run:str|None = option(None, positional=True)
+    run:str|None = option(None, positional=True, path=local_name)
     seed:int = option(0) # Seed of order, crops, masks and drop path
     labelled:LabelledConfig = LabelledConfig()
     start:StartConfig = StartConfig()
@@ -108,7 +108,8 @@ def check_finetuning(
         raise ValueError("give the run to fine-tune: its folder, or its name on the hub")
     if t.layer_decay > 1: raise ValueError(f"--layer_decay must be in (0, 1], got {t.layer_decay}")
     if t.steps is not None and t.epochs is not None:
-        raise ValueError(f"give either steps or epochs, not both (got {t.steps} and {t.epochs})")
+        raise ValueError(f"give either --steps or --epochs, not both "
+                         f"(got {t.steps} and {t.epochs})")
     if start.scratch and start.head == 'zero_shot':
         raise ValueError("a tower from scratch knows no words: --scratch goes with --head zeros")
 
@@ -310,7 +311,7 @@ def finish_finetuning(
                mixed_precision=a.mixed_precision, torch=torch.__version__)
     if not a.is_main_process: return out
     write_json(run.folder/'results.json', out)
-    if not c.device.quiet: print(f"{finetuning_table(out)}\neverything is in {run.folder}")
+    if not c.device.quiet: print(f"{finetuning_table(out)}\neverything is in {shown(run.folder)}")
     return out
 
 # %% ../../nbs/8_transfer/03_tuner.ipynb #571ff91b
@@ -341,7 +342,7 @@ def run_finetuning(
             if asked:
                 save_tuning(parts, must=True, leave=True)
                 a.wait_for_everyone()              # a launcher ends the others soon after the first
-                raise Interrupted(f"{asked}; saved, resume with --resume {run.folder}")
+                raise Interrupted(f"{asked}; saved, resume with --resume {shown(run.folder)}")
             if step.is_last or step.is_due(c.save.save_every, log_every) and not p.in_a_row:
                 save_tuning(parts, must=step.is_last)
             since = time.perf_counter()
