@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['QuestionConfig', 'EmbeddingConfig', 'ResultConfig', 'EvaluateConfig', 'check_run', 'open_model', 'model_names',
-           'trained_on', 'data_request', 'as_list', 'complete', 'output_folder', 'start_report', 'run_evaluation',
-           'evaluate', 'main']
+           'trained_on', 'data_request', 'as_list', 'complete', 'output_folder', 'about_evaluation', 'start_report',
+           'run_evaluation', 'evaluate', 'main']
 
 # %% ../nbs/5_evaluation/15_evaluate.ipynb #17b40959
 from dataclasses import dataclass, fields
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 import torch
@@ -22,7 +23,8 @@ from .evaluation.tasks import Job, JobConfig, plan
 from .files import absolute_path, local_names, new_run_folder, read_json, shown
 from .model import FLIP
 from .scale.config import data_text
-from .scale.options import build, command_line, flatten, given, option, run_command
+from .scale.options import (
+    as_command, build, command_line, flatten, given, option, run_command)
 from .scale.setup import settle
 from .text import CaptionTokenizer
 
@@ -165,6 +167,18 @@ def output_folder(
     except ValueError as e: folder = e
     return gather_objects(folder)[0]
 
+def about_evaluation(
+    options:dict, # Flat name of every option to its value
+) -> dict: # Command, date, versions, models
+    "What a reader of a report wants to know first."
+    import platform, flip_nb
+    versions = dict(flip_nb=flip_nb.__version__, torch=torch.__version__,
+                    Python=platform.python_version())
+    return dict(command=as_command(EvaluateConfig, 'python -m flip_nb.evaluate', options),
+                date=datetime.now().astimezone().isoformat(timespec='minutes'),
+                versions=', '.join(f'{k} {v}' for k,v in versions.items()),
+                models=', '.join(options['runs']))
+
 def start_report(
     config:EvaluateConfig, # Completed options
     main:bool, # Whether this process writes
@@ -180,7 +194,7 @@ def start_report(
             f"the folder for features {shown(o['features'])!r} cannot be made: {e.strerror}")
     gather_objects(fault)               # nobody continues before the folders are there
     asked = {k: v for k,v in o.items() if k not in ('out', 'features', 'quiet')}
-    return (Report(folder, asked, main, o['quiet']),
+    return (Report(folder, asked, main, o['quiet'], about_evaluation(o)),
             JobConfig(**{f.name: o[f.name] for f in fields(JobConfig)}))
 
 # %% ../nbs/5_evaluation/15_evaluate.ipynb #945a6b73

@@ -30,8 +30,9 @@ def open_clip_lists(): # Module `open_clip.zero_shot_metadata`
     "The part of open_clip that holds prompts and names."
     try: from open_clip import zero_shot_metadata
     except ImportError as e:
-        raise ValueError("these prompts and names come from the package open_clip; run pip install "
-                         "open_clip_torch") from e
+        raise ValueError("these prompts and names come from the package open_clip: run "
+                         "pip install 'flip_nb[eval]', or pip install open_clip_torch; "
+                         "--templates plain needs none") from e
     return zero_shot_metadata
 
 def templates(

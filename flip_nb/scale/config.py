@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'data_text', 'DataConfig', 'ModelConfig', 'MaskingConfig', 'StageConfig', 'OptimConfig', 'MachineConfig',
            'SaveConfig', 'LogConfig', 'TrainConfig', 'changed', 'default_preset', 'check_together', 'resolve',
-           'stages_of', 'fill_in_steps', 'resume_config']
+           'stages_of', 'fill_in_steps', 'resume_config', 'remember_data']
 
 # %% ../../nbs/7_scale/04b_config.ipynb #5d94709a
 from dataclasses import dataclass
 from pathlib import Path
 from ..loop import Stage, plan_stages, scaled_lr
 from ..official.recipe import OFFICIAL_TUNING, get_recipe, virtual_steps
-from ..files import absolute_path, local_name, local_names, read_json, shown
+from ..files import absolute_path, local_name, local_names, read_json, shown, write_json
 from .options import build, check, enter, flatten, option, resumable
 
 # %% ../../nbs/7_scale/04b_config.ipynb #9f7cf10d
@@ -277,3 +277,12 @@ def resume_config(
                 "another run")
     stored |= dict(out=str(path.parent), resume=str(values['resume']))
     return build(TrainConfig, values | stored)
+
+def remember_data(
+    folder:str|Path, # Run folder
+    config:TrainConfig, # Options of the resumed run
+):
+    "Where the data were moved: who resumes or evaluates the run next finds them."
+    stored = read_json(path := Path(folder)/'train_config.json')
+    if stored.get('data') != config.data.data:
+        write_json(path, stored | dict(data=config.data.data))

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['KINDS', 'source_comment', 'option', 'options_of', 'flatten', 'defaults', 'resumable', 'accepts', 'check_option',
            'check', 'enter', 'build', 'given', 'as_typed', 'twin', 'read_config', 'split_words', 'typed_names',
-           'command_line', 'run_command']
+           'command_line', 'as_command', 'run_command']
 
 # %% ../../nbs/7_scale/03_options.ipynb #119be649
 import atexit
 import dataclasses
 import linecache
 import re
+import shlex
 import signal
 import sys
 import typing
@@ -19,6 +20,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_da
 from functools import cache
 from pathlib import Path
 from ..core import nearest
+from ..distributed import is_ours
 from ..files import absolute_path
 
 # %% ../../nbs/7_scale/03_options.ipynb #3251a9c9
@@ -291,6 +293,23 @@ def command_line(
     placed = {k for k,(f,_) in known.items() if f.metadata.get('positional')}
     return enter(Config, flatten(parsed)), typed_names(Config, words) | placed | values.keys()
 
+# %% ../../nbs/7_scale/03_options.ipynb #10f08bbf
+def as_command(
+    Config:type, # Dataclass of options
+    prog:str, # What starts the command
+    values:dict, # Flat name to value
+) -> str: # A line for a shell, without the options that have their defaults
+    "Options as they are typed."
+    known,first,words = options_of(Config),prog.split(),[]
+    for name,value in values.items():
+        f = known[name][0]
+        if value is None or value == f.default: continue
+        text = ','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        if f.metadata.get('positional'): first.append(text)
+        elif isinstance(value, bool): words.append(f"--{'' if value else 'no_'}{name}")
+        else: words += [f'--{name}', text]
+    return shlex.join(first + words)
+
 # %% ../../nbs/7_scale/03_options.ipynb #7bc25379
 def run_command(
     prog:str, # Name of the command, in front of the sentence
@@ -298,9 +317,16 @@ def run_command(
     exits:dict|None=None, # Kind of exception to exit code
 ):
     "Run a command; what a user can mend is one sentence."
+    for stream in (sys.stdout, sys.stderr):                     # a terminal that knows ASCII only
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
     try: work()
-    except ValueError as e: raise SystemExit(f'{prog}: {e}') from e
+    except ValueError as e:
+        if not is_ours(e): raise
+        raise SystemExit(f'{prog}: {e}') from e
     except tuple(exits or ()) as e:
         print(f'{prog}: {e}', file=sys.stderr)
         atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # the exit code is settled
         sys.exit(next(code for kind,code in exits.items() if isinstance(e, kind)))
+    except KeyboardInterrupt as e:
+        print(f'{prog}: stopped by Ctrl-C', file=sys.stderr)
+        raise SystemExit(130) from e

@@ -40,7 +40,7 @@ def plot_run(
     for k,name in enumerate(dict.fromkeys(line['stage'] for line in lines)):
         part = [line for line in lines if line['stage'] == name]
         x,style = [done + line['step'] for line in part],dict(color=f'C{k}', ls=('-', '--')[k % 2],
-            label=name)
+            label=name, marker='o' if len(part) == 1 else None)
         axs[0].plot(x, [line['loss'] for line in part], **style)
         axs[1].plot(x, [1/line['logit_scale'] for line in part], **style)
         done = x[-1]
@@ -49,7 +49,7 @@ def plot_run(
         axs[0].axhline(log(read_json(config)['batch_size']), color='grey', lw=.8,
                        ls=':')
     axs[0].set(xlabel='step', ylabel='InfoNCE loss')
-    axs[1].set(xlabel='step', ylabel='temperature')
+    axs[1].set(xlabel='step', ylabel='temperature', ylim=(0, None))
     axs[0].legend(frameon=False)
     return fig
 
@@ -71,7 +71,7 @@ def collect_results(
     run:Run, # Finished
     config:TrainConfig, # Its options
     skipped:dict[str,int], # Kind of fault to number of rows
-    wall_seconds:float, # Since the start, evaluations included
+    wall_seconds:float, # Of all parts of the run, evaluations included
 ) -> dict: # What goes into results.json
     "Scores, speed, and where they come from."
     stages,finished,batch = stages_of(config),run.progress.finished,config.optim.batch_size
@@ -111,7 +111,7 @@ def finish_run(
     model, # The trained model, in one piece
     config:TrainConfig, # Its options
     skipped:dict[str,int], # Kind of fault to number of rows
-    wall_seconds:float, # Since the start, evaluations included
+    wall_seconds:float, # Of all parts of the run, evaluations included
 ) -> dict: # What is in results.json; empty on other processes than the main one
     "Write results, figure and card; print where they are."
     if not run.accelerator.is_main_process: return {}

@@ -45,6 +45,7 @@ class Progress:
     finished:list = field(default_factory=list)
     files:dict = field(default_factory=dict) # Bytes of the logs
     lanes:dict = field(default_factory=dict) # Where every reader of a stream stands
+    wall:float = 0. # Seconds since the start, evaluations included, without those between parts
 
     def add(self,
         step:Step, # What was done
@@ -112,7 +113,15 @@ class Run:
     # What a checkpoint has to agree with, such as seed and rows of the data
     identity:dict = field(default_factory=dict)
 
-    def __post_init__(self): self.metrics = LogFile(Path(self.folder)/'metrics.jsonl')
+    def __post_init__(self):
+        self.metrics = LogFile(Path(self.folder)/'metrics.jsonl')
+        self.clock = time.perf_counter()
+
+    def wall(self) -> float: # Seconds
+        "How long the run has taken, over all its parts."
+        now = time.perf_counter()
+        self.progress.wall,self.clock = self.progress.wall + now - self.clock,now
+        return self.progress.wall
 
     def begin(self,
         stage:Stage, # Which begins, or continues
@@ -192,6 +201,7 @@ class Checkpoints:
         "Gather it; every process has to call it."
         # asked before the size of its log
         run,pending = self.run,self.beside and self.beside.pending()
+        run.wall()
         run.progress.files = {p.name: p.stat().st_size for p in log_files(run.folder)}
         own = gather_objects(dict(random=random_state(), lanes=run.progress.lanes))
         lanes = own_lanes([o['lanes'] for o in own], self.workers)

@@ -170,7 +170,6 @@ class TuningParts:
     groups:list # Parameters by their learning rate
     saved:dict|None # State of the checkpoint; let go when the run has it
     lock:object # Open file that keeps other runs out of the folder
-    began:float # When, by `time.perf_counter`
 
 def start_finetuning(
     accelerator, # Where the run runs
@@ -197,7 +196,7 @@ def open_finetuning(
     config:FinetuneConfig, # Options, or those of the run in the folder to resume
 ) -> TuningParts: # Ready to begin
     "Load or make everything, from the newest good checkpoint if there is one."
-    began,c,d = time.perf_counter(),config,config.device
+    c,d = config,config.device
     if not c.save.resume: check_finetuning(c)      # by now a resumed run has both epochs and steps
     a = make_accelerator(d.mixed_precision, d.threads, timeout=d.timeout)
     set_seed(c.seed)
@@ -231,7 +230,7 @@ def open_finetuning(
     run.wrapped = prepare_model(a, model.train())
     checkpoints = Checkpoints(run, c.save, workers)
     set_seed(c.seed + 1 + a.process_index)                       # every process draws its own paths
-    return TuningParts(c, run, data, loader, checkpoints, skipped, groups, saved, lock, began)
+    return TuningParts(c, run, data, loader, checkpoints, skipped, groups, saved, lock)
 
 # %% ../../nbs/8_transfer/03_tuner.ipynb #e1784aac
 def diverged(
@@ -306,7 +305,7 @@ def finish_finetuning(
                classes=len(parts.data.class_names), training_rows=run.identity['rows'],
                skipped_in_training=len(parts.skipped.keys), train_seconds=seconds,
                pictures_per_second=c.tuning.steps*c.tuning.batch_size/seconds,
-               wall_seconds=time.perf_counter() - parts.began, seed=c.seed,
+               wall_seconds=run.wall(), seed=c.seed,
                processes=a.num_processes, device=a.device.type,
                mixed_precision=a.mixed_precision, torch=torch.__version__)
     if not a.is_main_process: return out
