@@ -8,9 +8,11 @@ __all__ = ['QuestionConfig', 'EmbeddingConfig', 'ResultConfig', 'EvaluateConfig'
            'run_evaluation', 'evaluate', 'main']
 
 # %% ../nbs/5_evaluation/15_evaluate.ipynb #17b40959
+import platform
 from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 import torch
 from accelerate import PartialState
@@ -171,8 +173,7 @@ def about_evaluation(
     options:dict, # Flat name of every option to its value
 ) -> dict: # Command, date, versions, models
     "What a reader of a report wants to know first."
-    import platform, flip_nb
-    versions = dict(flip_nb=flip_nb.__version__, torch=torch.__version__,
+    versions = dict(flip_nb=import_module('flip_nb').__version__, torch=torch.__version__,
                     Python=platform.python_version())
     return dict(command=as_command(EvaluateConfig, 'python -m flip_nb.evaluate', options),
                 date=datetime.now().astimezone().isoformat(timespec='minutes'),

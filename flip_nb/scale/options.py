@@ -11,6 +11,7 @@ __all__ = ['KINDS', 'source_comment', 'option', 'options_of', 'flatten', 'defaul
 import atexit
 import dataclasses
 import linecache
+import os
 import re
 import shlex
 import signal
@@ -322,7 +323,8 @@ def run_command(
     try: work()
     except ValueError as e:
         if not is_ours(e): raise
-        raise SystemExit(f'{prog}: {e}') from e
+        text = str(e).replace(os.path.join(os.getcwd(), ''), '')   # paths as they were typed
+        raise SystemExit(f'{prog}: {text}') from e
     except tuple(exits or ()) as e:
         print(f'{prog}: {e}', file=sys.stderr)
         atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # the exit code is settled
