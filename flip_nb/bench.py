@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from .core import nearest
-from .files import write_json
+from .files import absolute_path, write_json
 from flip_nb.scale.benchmarks import (
     DataOptions, EvalOptions, ImportOptions, LossOptions, bench_data, bench_eval, bench_import,
     bench_loss)
@@ -110,7 +110,8 @@ def draw_bars(
 @dataclass(frozen=True)
 class ReportOptions:
     "What becomes of the numbers."
-    out:str|None = option(None) # JSON file for the result, and a figure beside it
+    # JSON file for the result, and a figure beside it
+    out:str|None = option(None, path=absolute_path)
     quiet:bool = option(False) # No progress bar and no table
 
 @dataclass(frozen=True)

@@ -4,23 +4,29 @@
 
 # %% auto #0
 __all__ = ['QuestionConfig', 'EmbeddingConfig', 'ResultConfig', 'EvaluateConfig', 'check_run', 'open_model', 'model_names',
-           'trained_on', 'data_request', 'as_list', 'complete', 'output_folder', 'start_report', 'run_evaluation',
-           'evaluate', 'main']
+           'trained_on', 'data_request', 'as_list', 'complete', 'output_folder', 'about_evaluation', 'start_report',
+           'run_evaluation', 'evaluate', 'main']
 
 # %% ../nbs/5_evaluation/15_evaluate.ipynb #17b40959
-import json
+import platform
 from dataclasses import dataclass, fields
+from datetime import datetime
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 import torch
 from accelerate import PartialState
 from .core import find_file
 from .distributed import gather_objects, processes
 from .evaluation.datasets import data_names, DataRequest, open_test_sets
+from .evaluation.registry import REGISTRY
 from .evaluation.report import finish_report, Report, run_task
 from .evaluation.tasks import Job, JobConfig, plan
-from .files import new_run_folder
+from .files import absolute_path, local_names, new_run_folder, read_json, shown
 from .model import FLIP
-from .scale.options import build, command_line, flatten, given, option, run_command
+from .scale.config import data_text
+from .scale.options import (
+    as_command, build, command_line, flatten, given, option, run_command)
 from .scale.setup import settle
 from .text import CaptionTokenizer
 
@@ -31,7 +37,7 @@ class QuestionConfig:
     # scenes, a name of the registry such as cifar10, NAME=PATH for a local copy of it, a folder or
     # glob, or a hub name; several with commas; default: what the first run was trained on, or
     # scenes where that is not known
-    data:str|list[str]|None = option(None)
+    data:str|list[str]|None = option(None, path=partial(local_names, known=('scenes', *REGISTRY)))
     # zero_shot, retrieval, knn, linear_probe, robustness, masked_views, with commas; default:
     # zero_shot or retrieval, whichever fits
     tasks:str|list[str]|None = option(None)
@@ -61,16 +67,16 @@ class ResultConfig:
     "What becomes of the results."
     # Folder for the results; default: the next free RUN/evaluation-N, for several models
     # runs/evaluation-N
-    out:str|None = option(None)
+    out:str|None = option(None, path=absolute_path)
     # Folder that keeps features for later calls; default: features/ beside the results
-    features:str|None = option(None)
+    features:str|None = option(None, path=absolute_path)
     quiet:bool = option(False) # No progress bars and no table
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     "Everything that an evaluation can be asked for."
     # Run folder or name on the Hugging Face hub; several with commas between them
-    runs:str|list[str] = option(positional=True)
+    runs:str|list[str] = option(positional=True, path=local_names)
     questions:QuestionConfig = QuestionConfig()
     embedding:EmbeddingConfig = EmbeddingConfig()
     results:ResultConfig = ResultConfig()
@@ -113,7 +119,8 @@ def trained_on(
 ) -> dict: # Its options 'data', 'image_column', 'stream' and the like; empty where unknown
     "What a run was trained on."
     config = Path(run)/'train_config.json'
-    known = json.loads(config.read_text()) if config.is_file() else {}
+    known = read_json(config) if config.is_file() else {}
+    if known.get('data'): known['data'] = data_text(known['data'])
     names = 'data', 'image_column', 'caption_column', 'stream', 'weights'
     return {k: known[k] for k in names if k in known}
 
@@ -143,8 +150,9 @@ def complete(
 ) -> EvaluateConfig: # Lists where there were commas, and a name for the data
     "Check what needs no file, and fill in what was left out."
     lists = {name: as_list(values.get(name)) for name in ('runs', 'data', 'tasks')}
-    if not lists['runs']: raise ValueError("runs is empty; name one at least")
-    if lists['tasks'] == []: raise ValueError("tasks is empty; name one at least")
+    if not lists['runs']:
+        raise ValueError("give the run to evaluate: its folder, or its name on the hub")
+    if lists['tasks'] == []: raise ValueError("--tasks is empty; name one at least")
     own = {'robustness', 'masked_views'} & set(lists['tasks'] or ())
     if values['mask_ratio'] and own:
         raise ValueError(
@@ -167,6 +175,17 @@ def output_folder(
     except ValueError as e: folder = e
     return gather_objects(folder)[0]
 
+def about_evaluation(
+    options:dict, # Flat name of every option to its value
+) -> dict: # Command, date, versions, models
+    "What a reader of a report wants to know first."
+    versions = dict(flip_nb=import_module('flip_nb').__version__, torch=torch.__version__,
+                    Python=platform.python_version())
+    return dict(command=as_command(EvaluateConfig, 'python -m flip_nb.evaluate', options),
+                date=datetime.now().astimezone().isoformat(timespec='minutes'),
+                versions=', '.join(f'{k} {v}' for k,v in versions.items()),
+                models=', '.join(options['runs']))
+
 def start_report(
     config:EvaluateConfig, # Completed options
     main:bool, # Whether this process writes
@@ -179,10 +198,10 @@ def start_report(
     try: Path(o['features']).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         fault = ValueError(
-            f"the folder for features {o['features']!r} cannot be made: {e.strerror}")
+            f"the folder for features {shown(o['features'])!r} cannot be made: {e.strerror}")
     gather_objects(fault)               # nobody continues before the folders are there
     asked = {k: v for k,v in o.items() if k not in ('out', 'features', 'quiet')}
-    return (Report(folder, asked, main, o['quiet']),
+    return (Report(folder, asked, main, o['quiet'], about_evaluation(o)),
             JobConfig(**{f.name: o[f.name] for f in fields(JobConfig)}))
 
 # %% ../nbs/5_evaluation/15_evaluate.ipynb #945a6b73

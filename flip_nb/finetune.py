@@ -6,10 +6,12 @@
 __all__ = ['resume_tuning', 'begin_tuning', 'finetune', 'main']
 
 # %% ../nbs/8_transfer/04_finetune.ipynb #65519ee8
-import json, os
+import os
 from pathlib import Path
+from .files import read_json, shown
 from .scale.checkpoint import EXIT_RESUMABLE, Interrupted
-from .scale.options import build, command_line, given, resumable, run_command
+from .scale.options import (
+    build, command_line, enter, given, resumable, run_command)
 from .transfer.tuner import FinetuneConfig, run_finetuning
 
 # %% ../nbs/8_transfer/04_finetune.ipynb #4a283919
@@ -20,14 +22,13 @@ def resume_tuning(
     "Look up what a run was started with."
     path = Path(values['resume'])/'finetune_config.json'
     if not path.exists(): return None
-    try: stored = json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"{str(path)!r} is not JSON, so the run cannot be resumed: {e}") from e
+    stored = enter(FinetuneConfig, read_json(path))
     settled = {name for name in ('run', 'mixed_precision') if values[name] in (None, 'auto')}
     for name in sorted(chosen - settled):
         if name in resumable(FinetuneConfig): stored[name] = values[name]
         elif stored.get(name) != values[name]:
-            raise ValueError(f"the run in {str(path.parent)!r} was started with {name} "
+            typed = name if name == 'run' else f'--{name}'
+            raise ValueError(f"the run in {shown(path.parent)!r} was started with {typed} "
                              f"{stored.get(name)!r}, not {values[name]!r}; leave it away, or "
                              "start another run")
     stored |= dict(out=str(path.parent), resume=str(values['resume']))
@@ -41,14 +42,15 @@ def begin_tuning(
     resume,out = values['resume'],values['out']
     if resume is None: return run_finetuning(build(FinetuneConfig, values))
     if out not in (None, resume):
-        raise ValueError(f"--resume {resume} continues in its own folder: leave --out {out} away")
+        raise ValueError(f"--resume {shown(resume)} continues in its own folder: leave --out "
+                         f"{shown(out)} away")
     config = resume_tuning(values, chosen)
     if config is None:
         return run_finetuning(build(FinetuneConfig, values | dict(out=resume, resume=None)))
     if not (done := Path(resume)/'results.json').exists(): return run_finetuning(config)
     if not values['quiet'] and os.environ.get('RANK', '0') == '0':
-        print(f"the run in {resume} is finished; its results are in {done}")
-    return json.loads(done.read_text())
+        print(f"the run in {shown(resume)} is finished; its results are in {shown(done)}")
+    return read_json(done)
 
 # %% ../nbs/8_transfer/04_finetune.ipynb #c562003c
 def finetune(

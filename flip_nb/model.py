@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin
 from torch import nn, Tensor
 from safetensors.torch import load_file, save_file
-from .core import find_file, nearest
+from .core import MissingFile, find_file, nearest
 from .loss import INIT_LOGIT_SCALE, clamped_exp, normalize
 from .text import CaptionTokenizer, TextEncoder
 from .transformer import init_linear
@@ -335,6 +335,6 @@ def from_pretrained(cls:FLIP,
     model = cls(config)
     load_weights(model, find_file(name_or_folder, 'model.safetensors', revision))
     try: path = find_file(name_or_folder, 'tokenizer.json', revision)
-    except ValueError: return model.eval()    # a model alone
+    except MissingFile: return model.eval()    # a model alone
     model.tokenizer = CaptionTokenizer.from_file(path)
     return model.eval()

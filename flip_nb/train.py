@@ -6,9 +6,9 @@
 __all__ = ['object_name', 'begin', 'train', 'main']
 
 # %% ../nbs/7_scale/06_train.ipynb #ae92e437
-import json
 import os
 from pathlib import Path
+from .files import read_json, shown
 from .model import FLIP
 from .official.recipe import recipe_table
 from .scale.checkpoint import EXIT_RESUMABLE, Interrupted
@@ -33,21 +33,22 @@ def begin(
     resume,out = values['resume'],values['out']
     if resume is None: return Trainer(resolve(build(TrainConfig, values)), dataset, model).run()
     if out not in (None, resume):
-        raise ValueError(f"--resume {resume} continues in its own folder: leave --out {out} away")
+        raise ValueError(f"--resume {shown(resume)} continues in its own folder: leave --out "
+                         f"{shown(out)} away")
     config = resume_config(values, chosen)
     if not (done := Path(resume)/'results.json').exists():
         if config is None:
             if 'data' not in chosen:
-                raise ValueError(f"there is no run in {str(resume)!r} to resume; to start one "
+                raise ValueError(f"there is no run in {shown(resume)!r} to resume; to start one "
                                  "there, give --data too")
             config = resolve(build(TrainConfig, values | dict(out=resume, resume=None)))
         elif dataset is None and config.data.data.startswith('<'):
-            raise ValueError(f"the run in {resume!r} trains on an object, {config.data.data}: give "
-                             f"it again")
+            raise ValueError(f"the run in {shown(resume)!r} trains on an object, "
+                             f"{config.data.data}: give it again")
         return Trainer(config, dataset, model).run()
     if not values['quiet'] and os.environ.get('RANK', '0') == '0':
-        print(f"the run in {resume} is finished; its results are in {done}")
-    return json.loads(done.read_text())
+        print(f"the run in {shown(resume)} is finished; its results are in {shown(done)}")
+    return read_json(done)
 
 # %% ../nbs/7_scale/06_train.ipynb #d08fc67e
 def train(

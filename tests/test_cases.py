@@ -221,3 +221,11 @@ def test_samples_of_both_readers_are_captions_of_single_rows(place):
     assert sample_captions(load_pairs(str(place), 16, holdout=0)['train']) == ['cat'] + ['dog']*4 + ['cat']
     assert sample_captions(load_pairs(str(place), 16, holdout=0)['train'], 3) == ['cat', 'dog', 'dog']
     assert stream_sample(open_stream(str(place), 16, holdout=0)[0]) == ['cat'] + ['dog']*4 + ['cat']
+
+
+@pytest.mark.parametrize('name', ['a, b', 'a [x]', 'a*b', 'a{b}'])
+def test_odd_names_of_folders_with_tables(place, name):
+    (place/name).mkdir()
+    datasets.Dataset.from_dict(dict(image=[jpg()]*3, caption=list('abc'))).to_parquet(place/name/'0.parquet')
+    assert sizes(place/name, holdout=0) == dict(train=3)
+    assert len(open_stream(str(place/name), 16, holdout=0)[0][0].shards) == 1

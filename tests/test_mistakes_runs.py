@@ -22,7 +22,8 @@ from flip_nb.evaluation.scores import evaluate_scenes
 from flip_nb.loop import Stage, Step, TrainingDiverged
 from flip_nb.loss import info_nce
 from flip_nb.model import to_float
-from flip_nb.scale import beside, trainer
+from flip_nb.data.records import beside
+from flip_nb.scale import trainer
 from flip_nb.scale.accumulate import cached_backward, checkpoint_blocks, split_batch
 from flip_nb.scale.beside import Evaluations, Shadow, mean_score
 from flip_nb.scale.checkpoint import (
@@ -37,7 +38,8 @@ from flip_nb.scale.run import (
     progress_state, publish, save_run)
 from flip_nb.scale.steps import filled_up, largest_batch, made_batch, our_step
 from flip_nb.scale.trainer import (
-    checkpoint_is_due, contrastive_backward, evaluation_is_due, log_line, open_loader, open_run, stop_run)
+    checkpoint_is_due, contrastive_backward, evaluation_is_due, log_line, open_loader, open_run)
+from flip_nb.scale.run import stop_run
 from flip_nb.scenes import Scenes
 from flip_nb.train import train
 

@@ -8,7 +8,7 @@ __all__ = ['count_faults', 'image_rows', 'tar_records_of', 'class_ending', 'tar_
            'hold_out', 'describe', 'load_pairs']
 
 # %% ../../nbs/4_data/08_folders.ipynb #4ae6e649
-import os
+import glob, os
 from collections import Counter
 import torch
 from .captions import BadRecord, CAPTION_NAMES
@@ -173,7 +173,8 @@ def table_rows(
         files = dict.fromkeys(splits, os.path.join(layout.root, 'x'))
     else:
         files = {s: found[0] for s,found in layout.splits.items()}
-        splits = datasets.load_dataset('parquet', data_files=layout.splits)
+        plain = {s: [glob.escape(f) for f in found] for s,found in layout.splits.items()}
+        splits = datasets.load_dataset('parquet', data_files=plain)        # brackets are no pattern
     return {s: whole_paths(rows, image_column, files[s]) for s,rows in splits.items()}
 
 # %% ../../nbs/4_data/08_folders.ipynb #71667074

@@ -7,7 +7,7 @@ __all__ = ['ENDINGS', 'encoded_image', 'pair_members', 'write_shard', 'write_sha
            'make_shards', 'main']
 
 # %% ../../nbs/4_data/10_shards.ipynb #eaf0d209
-import inspect, io, json, os, tarfile, warnings
+import inspect, io, json, os, sys, tarfile, warnings
 from collections import Counter
 from pathlib import Path
 from fastcore.script import anno_parser
@@ -20,6 +20,7 @@ from .pairs import Pairs
 from .captions import BadRecord
 from .records import BadShard, read_captions, read_image, Source
 from .sources import known_sizes, list_shards, listed_sizes, open_source
+from ..files import absolute_path, local_name
 
 # %% ../../nbs/4_data/10_shards.ipynb #a26f50e3
 ENDINGS = dict(JPEG='jpg', MPO='jpg', PNG='png', WEBP='webp', GIF='gif', BMP='bmp', TIFF='tif')
@@ -69,6 +70,7 @@ def write_shard(
                 tar.addfile(member, io.BytesIO(data))
     part.replace(path)
 
+# %% ../../nbs/4_data/10_shards.ipynb #32159ad0
 def write_shards(
     pairs, # `Pairs`, or any data set of (image, caption, rows skipped)
     folder:str|Path, # Where the shards go
@@ -88,8 +90,12 @@ def write_shards(
     for k,first in enumerate(firsts):
         rows = range(first, min(n, first + pairs_per_shard))
         records = ((f'{i:09}', pair_members(pairs, i)) for i in rows)
-        write_shard(folder/f'{name}-{k:06}.tar', records)
         sizes[f'{name}-{k:06}.tar'] = len(rows)
+        try: write_shard(folder/f'{name}-{k:06}.tar', records)
+        except BaseException:                                   # half a series would look whole
+            for s in (folder/s for s in sizes):
+                for path in (s, s.with_suffix('.part')): path.unlink(missing_ok=True)
+            raise
     text = json.dumps(known_sizes(str(folder)) | sizes, indent=1) + '\n'
     (folder/'sizes.part').write_text(text)
     (folder/'sizes.part').replace(folder/'sizes.json')
@@ -144,6 +150,7 @@ def make_shards(
     quiet:bool=False, # No progress bars
 ) -> dict: # What `check_shards` found
     "Write a data set as WebDataset shards, one series for each of its splits, and check them."
+    data,folder = local_name(data),absolute_path(folder)
     splits = load_pairs(data, 64, image_column, caption_column, holdout=0)
     for split,pairs in splits.items(): write_shards(pairs, folder, pairs_per_shard, split, quiet)
     report = check_shards(folder, quiet)
@@ -161,5 +168,9 @@ def main():
     try: make_shards(**{k: options[k] for k in inspect.signature(make_shards).parameters})
     except (ValueError, OSError) as e:
         raise SystemExit('flip_nb.data.shards: ' + ' '.join(str(e).split()))
+    except KeyboardInterrupt as e:
+        print('flip_nb.data.shards: stopped by Ctrl-C; the series it was writing was taken away',
+              file=sys.stderr)
+        raise SystemExit(130) from e
 
 if __name__ == '__main__' and '__file__' in globals(): main()    # as a command, not in a notebook

@@ -18,6 +18,7 @@ from .folders import check_address, pair_columns
 from .layout import by_split, find_layout, HUB, is_hub_name, shard_files
 from .names import readable_names
 from .pairs import Pairs
+from ..files import split_names
 from .records import (
     BadShard, is_parquet, order_fault, read_captions, read_image, short_names, Source,
     stored_image, usual_endings)
@@ -258,8 +259,7 @@ def open_stream(
     most:int=5000, # Most rows of files named val or test
 ) -> tuple[list[Source],dict[str,Pairs]]: # Training data, and 'val' or 'test' to evaluate on
     "Open data sets for streaming."
-    whole = os.path.exists(os.path.expanduser(data))             # a comma may be part of a name
-    parts = [p.strip() for p in ([data] if whole else re.split(r',(?![^{]*\})', data)) if p.strip()]
+    parts = split_names(data)
     weights,splits = parse_weights(weights),[list_shards(p) for p in parts]
     if weights is not None and len(weights) != len(parts):
         raise ValueError(f"there are {len(parts)} data sets in {data!r} "

@@ -173,7 +173,7 @@ def confident_mistakes(
     logit_scale:float, # Factor on the scores, such as `clamped_exp(flip.logit_scale)`
     k:int=8, # Mistakes shown, fewer where there are fewer
     columns:int=4, # Images in a row
-    size:float=1.5, # Side of a image_array in inches
+    size:float=1.9, # Side of a image_array in inches
 ): # `Figure`
     "The wrong answers with the largest probability; where there is none, the figure says so."
     if k < 1: raise ValueError(f"k must be at least 1, got {k}")
@@ -183,7 +183,7 @@ def confident_mistakes(
         raise ValueError(f"there are {len(class_names)} class names, but scores for "
                          f"{scores.shape[-1]} classes")
     rows,given,p = find_mistakes(scores, labels, logit_scale)
-    shown,short = min(k, len(rows)),lambda c: textwrap.shorten(class_names[c], 20, placeholder=' …')
+    shown,short = min(k, len(rows)),lambda c: textwrap.shorten(class_names[c], 16, placeholder=' …')
     fig,axs = image_grid(max(1, math.ceil(shown/columns)), min(columns, max(shown, 2)), size)
     fig.set_figheight(fig.get_figheight() + .3 + .12*len(axs))
     title = f'{len(rows)} mistakes in {len(scores)} images'

@@ -11,13 +11,13 @@ import re, time
 from pathlib import Path
 import torch
 from tqdm import tqdm
-from ..distributed import processes
+from ..distributed import is_ours, processes
 from .datasets import TestSet
 from .drawing import new_figure
 from .features import Extracted
 from .intervals import compare, interval, Score, score_value
 from .tasks import Job, TASKS
-from ..files import write_json
+from ..files import shown, write_json
 
 # %% ../../nbs/5_evaluation/14_report.ipynb #d154e22c
 def result_rows(
@@ -63,7 +63,7 @@ def score_figure(
     "Every score with its interval and its chance."
     models = list(dict.fromkeys(r['model'] for r in rows))
     measures = list(dict.fromkeys((r['task'], r['metric']) for r in rows))
-    fig = new_figure(6.5, .6 + .24*len(measures)*max(1, len(models)**.5))
+    fig = new_figure(6.5, 1.1 + .3*len(measures)*max(1, len(models)**.5))
     ax = fig.subplots()
     for r in rows:
         i,j = models.index(r['model']),measures.index((r['task'], r['metric']))
@@ -96,14 +96,17 @@ class Report:
         options:dict, # Options to write down
         main:bool=True, # Whether this process writes
         quiet:bool=False, # Print no table
+        about:dict|None=None, # What came before, such as command, date, versions, models
     ):
         self.folder,self.options,self.main,self.quiet = Path(folder),options,main,quiet
+        self.about,self.finished = about or {},False
         self.scores,self.rows,self.skipped,self.shared,self.faults = {},{},{},{},[]
         self.start = time.perf_counter()
 
     def record(self) -> dict: # What is in results.json
         "All results and how they came about."
-        return dict(options=self.options, rows=[r for rows in self.rows.values() for r in rows],
+        rows = [r for rows in self.rows.values() for r in rows]
+        return dict(self.about, finished=self.finished, options=self.options, rows=rows,
                     skipped=self.skipped, shared=self.shared, processes=processes()[1],
                     torch=torch.__version__, wall_seconds=time.perf_counter() - self.start)
 
@@ -118,13 +121,13 @@ class Report:
                    if isinstance(found, Extracted) and found.skipped}
         if skipped: self.skipped.setdefault(data.name, {}).update(skipped)
         if line := job.known.get(('shared',)): self.shared[data.name] = line
-        mine = self.scores.setdefault(key, {})
-        mine[job.model] = scores
-        self.rows[key] = result_rows(data, mine)
+        self.scores.setdefault(key, {})[job.model] = scores
+        self.rows[key] = result_rows(data, self.scores[key])
         if not self.main: return
         write_report(self)
         for name,figure in figures.items():
-            figure.savefig(self.folder/f'{slug(data.name)}-{slug(job.model)}-{name}.png', dpi=110)
+            path = self.folder/f'{slug(data.name)}-{slug(job.model)}-{name}.png'
+            figure.savefig(path, dpi=110, bbox_inches='tight')
 
 # %% ../../nbs/5_evaluation/14_report.ipynb #75e4852a
 def write_report(
@@ -133,8 +136,10 @@ def write_report(
     "Numbers and table, on disk."
     record = report.record()
     write_json(report.folder/'results.json', record)
-    table = markdown_table(record['rows']) + '\n'
-    (report.folder/'results.md').write_text(table, encoding='utf8')
+    about = [f'- {name}: {value}' for name,value in report.about.items()]
+    if not report.finished: about.append('- **not finished**: the evaluation was stopped, or runs')
+    text = '\n'.join([*about, *['']*bool(about), markdown_table(record['rows']), ''])
+    (report.folder/'results.md').write_text(text, encoding='utf8')
 
 def show_report(
     report:Report, # A report with all its results
@@ -143,22 +148,26 @@ def show_report(
     rows = report.record()['rows']
     for name in dict.fromkeys(r['data'] for r in rows):
         figure = score_figure([r for r in rows if r['data'] == name])
-        figure.savefig(report.folder/f'{slug(name)}-scores.png', dpi=110)
+        path = report.folder/f'{slug(name)}-scores.png'
+        figure.savefig(path, dpi=110, bbox_inches='tight')
     if report.quiet: return
     lost = [f'{len(rows)} rows of {name}, split {split}, were skipped; results.json says which '
             f'and why' for name,splits in report.skipped.items() for split,rows in splits.items()]
     lost += [f'{name}: {line}' for name,line in report.shared.items()]
-    print(markdown_table(rows), *lost, f'everything is in {report.folder}', sep='\n\n')
+    print(markdown_table(rows), *lost, f'everything is in {shown(report.folder)}', sep='\n\n')
 
 # %% ../../nbs/5_evaluation/14_report.ipynb #71970050
 def finish_report(
     report:Report, # A report with all its results
 ) -> dict: # What is in results.json
     "Show it; raise the first fault, if there was one."
+    report.finished = not report.faults
     record = report.record()
+    if report.main and report.rows: write_report(report)
     if report.main: show_report(report)
     if report.faults:
-        failed = (f' ({len(report.faults)} tasks failed; what was done is in {report.folder})'
+        failed = (f' ({len(report.faults)} tasks failed; what was done is in '
+                  f'{shown(report.folder)})'
                   if report.rows else '')
         raise ValueError(report.faults[0] + failed)
     return record
@@ -172,5 +181,6 @@ def run_task(
     if report.main and not report.quiet: tqdm.write(f'{job.model}: {task} on {job.data.name}')
     try: scores,figures = TASKS[task](job)
     except ValueError as e:
+        if not is_ours(e): raise
         report.faults.append(f'{task} of {job.model} on {job.data.name}: {e}'); return
     report.add(job, scores, figures)

@@ -9,6 +9,7 @@ __all__ = ['Visual', 'OpenCLIPModel', 'eval_preprocess', 'OpenCLIPTokenizer', 'l
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
@@ -142,6 +143,10 @@ def main():
     except ModuleNotFoundError as e:
         raise SystemExit("flip_nb.official.openclip: CLIP_benchmark is not here, or not wholly "
                          f"({e}); run pip install clip_benchmark requests 'numpy<2.4'")
+    if tuple(map(int, version('numpy').split('.')[:2])) >= (2, 4):
+        raise SystemExit(f"flip_nb.official.openclip: CLIP_benchmark cannot write its results with "
+                         f"numpy {version('numpy')}, and would fail after computing them; run "
+                         "pip install 'numpy<2.4' first")
     return cli.main()
 
 # %% ../../nbs/6_official/05_openclip.ipynb #829c1736

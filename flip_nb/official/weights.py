@@ -22,6 +22,8 @@ from ..model import FLIP, FLIPConfig, PRESETS, make_config
 from .chunks import check_chunk, check_size
 from .parity import RELEASED, check_shapes, from_official, infer_config, to_ours
 from .recipe import load_tokenizer
+from ..files import absolute_path, local_name
+from ..distributed import is_ours
 from ..text import CaptionTokenizer
 
 # %% ../../nbs/6_official/04_weights.ipynb #f4fbc287
@@ -307,6 +309,7 @@ def convert(
 ) -> FLIP: # The model, as it was written
     "Turn an official checkpoint into a run folder."
     need_readers()
+    source,out,vocab = absolute_path(source),absolute_path(out),local_name(vocab, known=('none',))
     root = find_checkpoint(source)
     cfg = index_config(root, **config)
     tokenizer = None if vocab == 'none' else fit_tokenizer(vocab, cfg)
@@ -336,6 +339,8 @@ def flip_convert(
     "Turn an official FLIP checkpoint into a folder that FLIP.from_pretrained loads."
     heads = {k: v for k,v in dict(image_heads=image_heads, text_heads=text_heads).items() if v}
     try: model = convert(source, out, vocab, optimizer, **heads)
-    except ValueError as e: raise SystemExit(f'flip_convert: {e}')
+    except ValueError as e:
+        if not is_ours(e): raise
+        raise SystemExit(f'flip_convert: {e}') from e
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters written to {out}; load them "
           f"with FLIP.from_pretrained({out!r}). Licence of the official weights: CC-BY-NC 4.0.")

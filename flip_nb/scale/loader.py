@@ -226,15 +226,14 @@ def count_rows(
     "The length of a pass, which must hold a batch at least. Every process has to call it."
     batch_size,(rank,world) = config.optim.batch_size,processes()
     if batch_size % world:
-        raise ValueError(f"batch_size {batch_size} is not divisible by the {world} processes; "
-                         f"choose "
-                         "another --batch_size")
+        raise ValueError(f"--batch_size {batch_size} is not divisible by the {world} processes; "
+                         "choose another one")
     if not config.data.stream: rows = len(pairs)
     elif config.data.pairs or config.stages.steps: rows = config.data.pairs
     else: rows = gather_objects(count_pairs(pairs, config.log.quiet) if rank == 0 else None)[0]
     if rows is not None and rows < batch_size:
-        raise ValueError(f"batch_size {batch_size} is larger than the data, {rows} rows; choose a "
-                         "smaller --batch_size")
+        raise ValueError(f"--batch_size {batch_size} is larger than the data, {rows} rows; choose "
+                         "a smaller one")
     return rows
 
 def deliver(

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'source_comment', 'option', 'options_of', 'flatten', 'defaults', 'resumable', 'accepts', 'check_option',
-           'check', 'build', 'given', 'as_typed', 'twin', 'read_config', 'split_words', 'typed_names', 'command_line',
-           'run_command']
+           'check', 'enter', 'build', 'given', 'as_typed', 'twin', 'read_config', 'split_words', 'typed_names',
+           'command_line', 'as_command', 'run_command']
 
 # %% ../../nbs/7_scale/03_options.ipynb #119be649
 import atexit
 import dataclasses
 import linecache
+import os
 import re
+import shlex
 import signal
 import sys
 import typing
@@ -19,6 +21,8 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_da
 from functools import cache
 from pathlib import Path
 from ..core import nearest
+from ..distributed import is_ours
+from ..files import absolute_path
 
 # %% ../../nbs/7_scale/03_options.ipynb #3251a9c9
 def source_comment(
@@ -41,13 +45,14 @@ def option(
     choices:tuple|None=None, # The values allowed
     resume:bool=False, # May it change when a run is resumed?
     positional:bool=False, # Is it given by its place, without its name?
+    path=None, # Function that makes a path absolute, such as `absolute_path`; None: it is no path
 ) -> dataclasses.Field: # For the body of a dataclass
     "A field that knows its range; the comment beside it is its help."
     caller = sys._getframe(1)
     help = source_comment(caller.f_code.co_filename, caller.f_lineno)
     return field(default=default, metadata=dict(
         help=help, least=least, above=above, below=below, choices=choices, resume=resume,
-        positional=positional))
+        positional=positional, path=path))
 
 # %% ../../nbs/7_scale/03_options.ipynb #b61daeb4
 @cache
@@ -129,6 +134,20 @@ def check(
     for name,value in flatten(config).items(): check_option(name, *known[name], value)
 
 # %% ../../nbs/7_scale/03_options.ipynb #796aab19
+def enter(
+    Config:type, # Dataclass of options
+    values:dict, # Flat name to value, as they were given
+) -> dict: # The same with absolute paths, as text
+    "The door for paths."
+    known,out = options_of(Config),{}
+    for name,value in values.items():
+        door = known[name][0].metadata.get('path') if name in known else None
+        if door and isinstance(value, (str, Path, list, tuple)):
+            if not str(value).strip(): raise ValueError(f"--{name} is empty; give a path or a name")
+            value = door(value)
+        out[name] = str(value) if isinstance(value, Path) else value
+    return out
+
 def build(
     Config:type, # Dataclass of options
     values:dict, # Flat name to value; what is missing has its default
@@ -138,7 +157,7 @@ def build(
     for name in values:
         if name not in known:
             raise ValueError(f"there is no option --{name}." + nearest(name, list(known)))
-    values = {k: str(v) if isinstance(v, Path) else v for k,v in values.items()}
+    values = enter(Config, values)
     def fill(part, kind):
         if not is_dataclass(kind): return values[part]
         hints = typing.get_type_hints(kind)
@@ -163,7 +182,7 @@ def given(
             raise ValueError(f"there is no option {name!r}." + nearest(name, list(known)))
     usual = defaults(Config)
     values = usual | (flatten(config) if config is not None else {}) | options
-    values = {k: str(v) if isinstance(v, Path) else v for k,v in values.items()}
+    values = enter(Config, values)
     return values, {k for k,v in values.items() if k not in usual or v != usual[k]} | options.keys()
 
 # %% ../../nbs/7_scale/03_options.ipynb #4fe63d38
@@ -205,7 +224,7 @@ def read_config(
 ) -> dict: # Flat name to value
     "Values of a file."
     import yaml
-    try: loaded = yaml.safe_load(Path(path).expanduser().read_text()) or {}
+    try: loaded = yaml.safe_load(Path(absolute_path(path)).read_text(encoding='utf8')) or {}
     except OSError as e: raise ValueError(f"--config {path} cannot be read: {e.strerror}") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ValueError(f"--config {path} is not YAML: {' '.join(str(e).split())}") from e
@@ -273,7 +292,24 @@ def command_line(
         if epilog and {'-h', '--help'} & set(words): print(epilog)
         raise
     placed = {k for k,(f,_) in known.items() if f.metadata.get('positional')}
-    return flatten(parsed), typed_names(Config, words) | placed | values.keys()
+    return enter(Config, flatten(parsed)), typed_names(Config, words) | placed | values.keys()
+
+# %% ../../nbs/7_scale/03_options.ipynb #10f08bbf
+def as_command(
+    Config:type, # Dataclass of options
+    prog:str, # What starts the command
+    values:dict, # Flat name to value
+) -> str: # A line for a shell, without the options that have their defaults
+    "Options as they are typed."
+    known,first,words = options_of(Config),prog.split(),[]
+    for name,value in values.items():
+        f = known[name][0]
+        if value is None or value == f.default: continue
+        text = ','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        if f.metadata.get('positional'): first.append(text)
+        elif isinstance(value, bool): words.append(f"--{'' if value else 'no_'}{name}")
+        else: words += [f'--{name}', text]
+    return shlex.join(first + words)
 
 # %% ../../nbs/7_scale/03_options.ipynb #7bc25379
 def run_command(
@@ -282,9 +318,17 @@ def run_command(
     exits:dict|None=None, # Kind of exception to exit code
 ):
     "Run a command; what a user can mend is one sentence."
+    for stream in (sys.stdout, sys.stderr):                     # a terminal that knows ASCII only
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
     try: work()
-    except ValueError as e: raise SystemExit(f'{prog}: {e}') from e
+    except ValueError as e:
+        if not is_ours(e): raise
+        text = str(e).replace(os.path.join(os.getcwd(), ''), '')   # paths as they were typed
+        raise SystemExit(f'{prog}: {text}') from e
     except tuple(exits or ()) as e:
         print(f'{prog}: {e}', file=sys.stderr)
         atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # the exit code is settled
         sys.exit(next(code for kind,code in exits.items() if isinstance(e, kind)))
+    except KeyboardInterrupt as e:
+        print(f'{prog}: stopped by Ctrl-C', file=sys.stderr)
+        raise SystemExit(130) from e

@@ -8,7 +8,7 @@ __all__ = ['describe_run', 'plot_run', 'card_metrics', 'collect_results', 'repor
 # %% ../../nbs/7_scale/04f_results.ipynb #bbaf7807
 from pathlib import Path
 import torch
-from ..files import read_lines, write_json
+from ..files import read_json, read_lines, shown, write_json
 from ..loop import Stage
 from .config import TrainConfig, stages_of
 from .run import Run, final_files
@@ -24,7 +24,7 @@ def describe_run(
              f"{s.warmup_steps:,}"
              for s in stages_of(config)]
     many = f"{processes} process{'es' if processes > 1 else ''}"
-    return (f"{config.model.preset or config.model.init} on {Path(config.data.data).name}, "
+    return (f"{config.model.preset or shown(config.model.init)} on {Path(config.data.data).name}, "
             f"{config.optim.batch_size:,} pairs per step on {many}: " + '; then '.join(parts))
 
 # %% ../../nbs/7_scale/04f_results.ipynb #9c4e6074
@@ -32,7 +32,6 @@ def plot_run(
     folder:str|Path, # Run folder
 ): # Matplotlib figure
     "Loss and temperature over the steps of a run."
-    import json
     from math import log
     from matplotlib.figure import Figure                        # not pyplot: nothing is left open
     lines,fig,done = read_lines(Path(folder)/'metrics.jsonl'),Figure(figsize=(7, 2.6),
@@ -41,16 +40,16 @@ def plot_run(
     for k,name in enumerate(dict.fromkeys(line['stage'] for line in lines)):
         part = [line for line in lines if line['stage'] == name]
         x,style = [done + line['step'] for line in part],dict(color=f'C{k}', ls=('-', '--')[k % 2],
-            label=name)
+            label=name, marker='o' if len(part) == 1 else None)
         axs[0].plot(x, [line['loss'] for line in part], **style)
         axs[1].plot(x, [1/line['logit_scale'] for line in part], **style)
         done = x[-1]
     config = Path(folder)/'train_config.json'
     if config.exists():
-        axs[0].axhline(log(json.loads(config.read_text())['batch_size']), color='grey', lw=.8,
+        axs[0].axhline(log(read_json(config)['batch_size']), color='grey', lw=.8,
                        ls=':')
     axs[0].set(xlabel='step', ylabel='InfoNCE loss')
-    axs[1].set(xlabel='step', ylabel='temperature')
+    axs[1].set(xlabel='step', ylabel='temperature', ylim=(0, None))
     axs[0].legend(frameon=False)
     return fig
 
@@ -72,7 +71,7 @@ def collect_results(
     run:Run, # Finished
     config:TrainConfig, # Its options
     skipped:dict[str,int], # Kind of fault to number of rows
-    wall_seconds:float, # Since the start, evaluations included
+    wall_seconds:float, # Of all parts of the run, evaluations included
 ) -> dict: # What goes into results.json
     "Scores, speed, and where they come from."
     stages,finished,batch = stages_of(config),run.progress.finished,config.optim.batch_size
@@ -99,12 +98,12 @@ def report_results(
     if skipped:
         kinds = ', '.join(f'{n} x {kind}' for kind,n in skipped.items())
         print(f"{sum(skipped.values())} rows could not be used and were skipped ({kinds}); "
-              f"{run.folder/'skipped-0.jsonl'} names them")
+              f"{shown(run.folder/'skipped-0.jsonl')} names them")
     if n := results['skipped_steps']:
         print(f"{n} steps were skipped because a gradient was not finite")
     print(f"{results['pairs_per_second']:,.0f} pairs/s, {results['wall_seconds']:.0f} seconds in "
           f"all; "
-          f"everything is in {run.folder}")
+          f"everything is in {shown(run.folder)}")
 
 # %% ../../nbs/7_scale/04f_results.ipynb #fe1bc30e
 def finish_run(
@@ -112,7 +111,7 @@ def finish_run(
     model, # The trained model, in one piece
     config:TrainConfig, # Its options
     skipped:dict[str,int], # Kind of fault to number of rows
-    wall_seconds:float, # Since the start, evaluations included
+    wall_seconds:float, # Of all parts of the run, evaluations included
 ) -> dict: # What is in results.json; empty on other processes than the main one
     "Write results, figure and card; print where they are."
     if not run.accelerator.is_main_process: return {}

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn, Tensor
 from ..data.pairs import SkippedRows
-from ..files import LogFile, lock_folder, log_files
+from ..files import LogFile, lock_folder, log_files, shown
 from ..loop import Stage, Step, TrainingDiverged, make_optimizer
 from .checkpoint import (
     Interrupted, Stalled, latest_checkpoint, load_training_state, random_state, read_state,
@@ -48,6 +48,7 @@ class Progress:
     finished:list = field(default_factory=list)
     files:dict = field(default_factory=dict) # Bytes of the logs
     lanes:dict = field(default_factory=dict) # Where every reader of a stream stands
+    wall:float = 0. # Seconds since the start, evaluations included, without those between parts
 
     def add(self,
         step:Step, # What was done
@@ -115,7 +116,15 @@ class Run:
     # What a checkpoint has to agree with, such as seed and rows of the data
     identity:dict = field(default_factory=dict)
 
-    def __post_init__(self): self.metrics = LogFile(Path(self.folder)/'metrics.jsonl')
+    def __post_init__(self):
+        self.metrics = LogFile(Path(self.folder)/'metrics.jsonl')
+        self.clock = time.perf_counter()
+
+    def wall(self) -> float: # Seconds
+        "How long the run has taken, over all its parts."
+        now = time.perf_counter()
+        self.progress.wall,self.clock = self.progress.wall + now - self.clock,now
+        return self.progress.wall
 
     def begin(self,
         stage:Stage, # Which begins, or continues
@@ -175,6 +184,7 @@ def advice(
     again = ('start another run with a lower --lr, a longer --warmup_steps, --grad_clip 1 or '
              '--mixed_precision no')
     if path is None: return f"no weights had been saved yet; {again}"
+    path = shown(path)
     return (f"the last finite weights are in {path}; {again} (with --init {path} it begins from "
             "these weights)")
 
@@ -194,6 +204,7 @@ class Checkpoints:
         "Gather it; every process has to call it."
         # asked before the size of its log
         run,pending = self.run,self.beside and self.beside.pending()
+        run.wall()
         run.progress.files = {p.name: p.stat().st_size for p in log_files(run.folder)}
         own = gather_objects(dict(random=random_state(), lanes=run.progress.lanes))
         lanes = own_lanes([o['lanes'] for o in own], self.workers)
@@ -239,7 +250,7 @@ def save_run(
         cause = getattr(e, 'strerror', None) or e
         fault = f"the checkpoint of step {done} could not be written ({cause}). Make room"
     if must or c.config.on_save_error == 'stop':                # raised on every process
-        gather_objects(ValueError(f"{fault}, then resume with --resume {run.folder}")
+        gather_objects(ValueError(f"{fault}, then resume with --resume {shown(run.folder)}")
                        if fault else None)
     elif fault:
         print(f"{fault}: training continues, and tries again at the next checkpoint",
@@ -256,10 +267,10 @@ def stop_run(
     a,folder = checkpoints.run.accelerator,checkpoints.run.folder
     if stalled and a.num_processes > 1:
         raise Interrupted(f"{signal} while data were waited for, so nothing more was saved; "
-                          f"resume with --resume {folder}")
+                          f"resume with --resume {shown(folder)}")
     save_run(checkpoints, must=True, leave=True)
     a.wait_for_everyone()  # a launcher ends the others soon after the first
-    raise Interrupted(f"{signal}; saved, resume with --resume {folder}")
+    raise Interrupted(f"{signal}; saved, resume with --resume {shown(folder)}")
 
 @contextmanager
 def ending(
@@ -289,7 +300,7 @@ def final_files(
     try: yield
     except OSError as e:
         raise ValueError(f"the results could not be written to {str(folder)!r} ({e}); make room, "
-                         f"then resume with --resume {folder}") from e
+                         f"then resume with --resume {shown(folder)}") from e
 
 # %% ../../nbs/7_scale/04d_run.ipynb #1df1ebbf
 def hold_folder(
@@ -315,7 +326,7 @@ def open_checkpoint(
     path,faults = gather_objects(latest_checkpoint(Path(folder)) if main else None)[0]
     if main and not quiet:
         for fault in faults: print(fault)
-        if path: print(f"resuming from {path}")
+        if path: print(f"resuming from {shown(path)}")
     if path is None: return None, None
     saved = read_state(path/'state.pt')
     saved['training']['model'] = load_file(path/'model.safetensors')
@@ -334,4 +345,4 @@ def check_identity(
             raise ValueError(f"the run was trained on {there:,} rows, but the data have {here:,} "
                              "now; give --data with the same rows, or start another run")
         raise ValueError(f"{path.name} is of a run with {name} {there!r}, and this run has "
-                         f"{here!r}; move that checkpoint out of {str(path.parent)!r}")
+                         f"{here!r}; move that checkpoint out of {shown(path.parent)!r}")

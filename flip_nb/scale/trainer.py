@@ -33,7 +33,7 @@ from ..model import FLIP
 from .accumulate import cached_backward, checkpoint_blocks, compile_towers, split_batch
 from .beside import Evaluations
 from .checkpoint import StopRequest, agree
-from .config import TrainConfig, changed, fill_in_steps, stages_of
+from .config import TrainConfig, changed, fill_in_steps, remember_data, stages_of
 from flip_nb.scale.loader import (
     RunData, count_rows, data_waiting, deliver, make_loader, make_stream, noise_sizes,
     open_model_and_data)
@@ -42,8 +42,9 @@ from .results import describe_run, finish_run
 from .run import (
     Checkpoints, Progress, Run, advice, check_identity, count_bad_steps, cut_logs, end_stage,
     ending, hold_folder, open_checkpoint, progress_from, publish, save_run, stop_run)
-from .setup import (
-    choose_trackers, explain_divergence, make_accelerator, memory_gb, prepare_model)
+from flip_nb.scale.setup import (
+    choose_trackers, explain_divergence, make_accelerator, memory_gb, prepare_model,
+    tracker_options)
 from ..distributed import gather_objects
 
 # %% ../../nbs/7_scale/05_trainer.ipynb #2d79eb46
@@ -116,7 +117,9 @@ def start_trackers(
     a = run.accelerator
     a.project_configuration.logging_dir = str(run.folder)
     numbers = {k: v for k,v in flatten(config).items() if isinstance(v, (int, float, str))}
-    a.init_trackers('flip_nb', numbers)
+    names = choose_trackers(config.log.track)
+    started = tracker_options(run.folder, names) if a.is_main_process else {}
+    a.init_trackers('flip_nb', numbers, started)
 
 def open_loader(
     run:Run, # The run
@@ -210,7 +213,6 @@ class Parts:
     backward:object # What `training_steps` calls: adds the gradients, returns the loss
     saved:dict|None # State of the checkpoint; let go when the first stage has it
     lock:object # Open file that keeps other runs out of the folder
-    began:float # When, by `time.perf_counter`
 
 # %% ../../nbs/7_scale/05_trainer.ipynb #2bca5017
 def open_run(
@@ -231,8 +233,9 @@ def open_run(
     if saved: check_identity(path, saved, identity)
     c = changed(c, mixed_precision=a.mixed_precision)  # a run that resumes elsewhere keeps it
     if not resumed: c,lock = start_folder(a, fill_in_steps(c, rows), flip.tokenizer)
+    elif a.is_main_process: remember_data(resumed, c)
     if a.is_main_process and not c.log.quiet: print(describe_run(c, a.num_processes))
-    began,k = time.perf_counter(),c.masking
+    k = c.masking
     run = Run(a, Path(c.save.out), flip.to(a.device), Progress(), identity=identity)
     if saved: run.progress = progress_from(saved['progress'])
     cut_logs(run)
@@ -250,7 +253,7 @@ def open_run(
                        text_mask_order=k.text_mask_order, micro_batch=c.optim.micro_batch,
                        loss_chunk=c.optim.loss_chunk)
     set_seed(c.seed + 1 + a.process_index)
-    return Parts(c, run, loader, evaluations, checkpoints, skipped, backward, saved, lock, began)
+    return Parts(c, run, loader, evaluations, checkpoints, skipped, backward, saved, lock)
 
 # %% ../../nbs/7_scale/05_trainer.ipynb #1de8deab
 def evaluation_is_due(
@@ -322,5 +325,4 @@ class Trainer:
                     end_stage(p, parts.evaluations.finish(stage))
             parts.evaluations.shadow.wait()
             kinds = sum((Counter(k) for k in gather_objects(dict(parts.skipped.kinds))), Counter())
-            seconds = time.perf_counter() - parts.began
-            return finish_run(run, parts.evaluations.shadow.model, c, dict(kinds), seconds)
+            return finish_run(run, parts.evaluations.shadow.model, c, dict(kinds), run.wall())

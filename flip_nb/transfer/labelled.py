@@ -10,6 +10,7 @@ __all__ = ['write_labelled_scenes', 'LabelledConfig', 'check_classes', 'open_lab
 import io
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from ..evaluation.datasets import need_labels, open_test_set, TestSet
 from ..evaluation.labels import classification_scores
 from ..evaluation.features import class_numbers, extract_features
 from ..evaluation.probe import wilson_interval
+from ..evaluation.registry import REGISTRY
+from ..files import local_name
 from ..loop import Stage
 from ..model import to_float
 from ..scale.options import option
@@ -59,7 +62,7 @@ class LabelledConfig:
     "The labelled images."
     # A local folder or glob, the name of a data set of the registry, NAME=PATH, or a name on the
     # hub
-    data:str|None = option(None)
+    data:str|None = option(None, path=partial(local_name, known=('scenes', *REGISTRY)))
     image_column:str|None = option(None) # Column with images; found by default
     caption_column:str|None = option(None) # Column with class labels; found by default
     # Smallest area of a random crop, as a share of the image; 1 takes whole images

@@ -22,7 +22,7 @@ from ..evaluation.datasets import TestSet
 from ..evaluation.prompts import text_classifier
 from ..evaluation.features import extract_features, open_pictures
 from ..evaluation.views import count_patches
-from ..files import lock_folder, log_files, new_run_folder, write_json
+from ..files import local_name, lock_folder, log_files, new_run_folder, shown, write_json
 from ..loop import (
     Stage, Step, TrainingDiverged, loss_backward, scaled_lr, towers, training_steps)
 from ..model import FLIP
@@ -86,7 +86,7 @@ class DeviceConfig:
 class FinetuneConfig:
     "Everything that fine-tuning can be asked for."
     # Folder of a run or of a converted model, or its name on the Hugging Face hub
-    run:str|None = option(None, positional=True)
+    run:str|None = option(None, positional=True, path=local_name)
     seed:int = option(0) # Seed of order, crops, masks and drop path
     labelled:LabelledConfig = LabelledConfig()
     start:StartConfig = StartConfig()
@@ -108,7 +108,8 @@ def check_finetuning(
         raise ValueError("give the run to fine-tune: its folder, or its name on the hub")
     if t.layer_decay > 1: raise ValueError(f"--layer_decay must be in (0, 1], got {t.layer_decay}")
     if t.steps is not None and t.epochs is not None:
-        raise ValueError(f"give either steps or epochs, not both (got {t.steps} and {t.epochs})")
+        raise ValueError(f"give either --steps or --epochs, not both "
+                         f"(got {t.steps} and {t.epochs})")
     if start.scratch and start.head == 'zero_shot':
         raise ValueError("a tower from scratch knows no words: --scratch goes with --head zeros")
 
@@ -169,7 +170,6 @@ class TuningParts:
     groups:list # Parameters by their learning rate
     saved:dict|None # State of the checkpoint; let go when the run has it
     lock:object # Open file that keeps other runs out of the folder
-    began:float # When, by `time.perf_counter`
 
 def start_finetuning(
     accelerator, # Where the run runs
@@ -196,7 +196,7 @@ def open_finetuning(
     config:FinetuneConfig, # Options, or those of the run in the folder to resume
 ) -> TuningParts: # Ready to begin
     "Load or make everything, from the newest good checkpoint if there is one."
-    began,c,d = time.perf_counter(),config,config.device
+    c,d = config,config.device
     if not c.save.resume: check_finetuning(c)      # by now a resumed run has both epochs and steps
     a = make_accelerator(d.mixed_precision, d.threads, timeout=d.timeout)
     set_seed(c.seed)
@@ -230,7 +230,7 @@ def open_finetuning(
     run.wrapped = prepare_model(a, model.train())
     checkpoints = Checkpoints(run, c.save, workers)
     set_seed(c.seed + 1 + a.process_index)                       # every process draws its own paths
-    return TuningParts(c, run, data, loader, checkpoints, skipped, groups, saved, lock, began)
+    return TuningParts(c, run, data, loader, checkpoints, skipped, groups, saved, lock)
 
 # %% ../../nbs/8_transfer/03_tuner.ipynb #e1784aac
 def diverged(
@@ -305,12 +305,12 @@ def finish_finetuning(
                classes=len(parts.data.class_names), training_rows=run.identity['rows'],
                skipped_in_training=len(parts.skipped.keys), train_seconds=seconds,
                pictures_per_second=c.tuning.steps*c.tuning.batch_size/seconds,
-               wall_seconds=time.perf_counter() - parts.began, seed=c.seed,
+               wall_seconds=run.wall(), seed=c.seed,
                processes=a.num_processes, device=a.device.type,
                mixed_precision=a.mixed_precision, torch=torch.__version__)
     if not a.is_main_process: return out
     with final_files(run.folder): write_json(run.folder/'results.json', out)
-    if not c.device.quiet: print(f"{finetuning_table(out)}\neverything is in {run.folder}")
+    if not c.device.quiet: print(f"{finetuning_table(out)}\neverything is in {shown(run.folder)}")
     return out
 
 # %% ../../nbs/8_transfer/03_tuner.ipynb #571ff91b
