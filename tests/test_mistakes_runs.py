@@ -22,8 +22,7 @@ from flip_nb.evaluation.scores import evaluate_scenes
 from flip_nb.loop import Stage, Step, TrainingDiverged
 from flip_nb.loss import info_nce
 from flip_nb.model import to_float
-from flip_nb.data.records import beside
-from flip_nb.scale import trainer
+from flip_nb.scale import beside, run as running
 from flip_nb.scale.accumulate import cached_backward, checkpoint_blocks, split_batch
 from flip_nb.scale.beside import Evaluations, Shadow, mean_score
 from flip_nb.scale.checkpoint import (
@@ -352,7 +351,7 @@ def test_a_loader_begins_at_the_step_it_is_given(cpu):
 def test_delivery_keeps_the_books_and_hands_out_the_rest(tmp_path):
     lanes,skipped = {},SkippedRows(tmp_path/'skipped-0.jsonl')
     batch = lambda n: dict(images=torch.ones(2), rows=[n, n + 1], broken=[(n, 'x: y')], state=dict(lane=n % 2, batches=n))
-    got = list(deliver([batch(1), batch(2), batch(3)], torch.device('cpu'), lanes, skipped))
+    got = list(deliver((batch(n) for n in (1, 2, 3)), torch.device('cpu'), lanes, skipped))
     assert lanes == {1: dict(lane=1, batches=3), 0: dict(lane=0, batches=2)}
     assert skipped.seen == 9 and skipped.keys == {1, 2, 3} and got[0].keys() == {'images', 'rows'}
 
@@ -895,10 +894,11 @@ def test_a_log_line_averages_the_steps_since_the_last_one_and_leaves_bad_ones_ou
 
 def test_a_run_that_is_asked_to_stop_saves_first(monkeypatch):
     saved = []
-    monkeypatch.setattr(trainer, 'save_run', lambda *args, **kwargs: saved.append((args, kwargs)))
-    parts = Plain(checkpoints='c', run=Plain(folder='there', accelerator=Plain(wait_for_everyone=lambda: saved.append('wait'))))
-    with pytest.raises(Interrupted, match='SIGTERM; saved, resume with --resume there'): stop_run(parts, 'SIGTERM')
-    assert saved == [(('c',), dict(must=True, leave=True)), 'wait']
+    monkeypatch.setattr(running, 'save_run', lambda *args, **kwargs: saved.append((args, kwargs)))
+    accelerator = Plain(num_processes=1, wait_for_everyone=lambda: saved.append('wait'))
+    checkpoints = Plain(run=Plain(folder='there', accelerator=accelerator))
+    with pytest.raises(Interrupted, match='SIGTERM; saved, resume with --resume there'): stop_run(checkpoints, 'SIGTERM')
+    assert saved == [((checkpoints,), dict(must=True, leave=True)), 'wait']
 
 
 def test_the_curve_of_the_second_stage_begins_where_the_first_ended(finished):

@@ -22,7 +22,8 @@ from flip_nb.evaluation.probe import (
     best_strength, fit_logistic, knn_predict, linear_probe, paired_bootstrap, search_strengths, standardise, wilson_interval)
 from flip_nb.evaluation.report import Report, finish_report, markdown_table, result_rows, run_task
 from flip_nb.evaluation.robustness import ZeroShotTask, robustness_curve
-from flip_nb.evaluation.scores import encode_pairs, evaluate_pairs, evaluate_scenes, label_accuracy, results_table
+from flip_nb.evaluation.scores import (
+    encode_pairs, evaluate_pairs, evaluate_scenes, label_accuracy, results_table, stack_rows)
 from flip_nb.evaluation.tasks import Job, JobConfig, every_fifth, first_images, job_features, plan, sample_pictures
 from flip_nb.evaluation.views import masked_view_curve, masked_views, view_noise
 from flip_nb.loop import Stage, Step, TrainingDiverged
@@ -429,11 +430,12 @@ def test_kept_features_are_those_of_the_same_model_and_images(tmp_path):
 
 def test_embedding_in_parts_finds_faults_by_row_and_other_masks_in_every_part():
     flip,image = tiny_flip(),pictures(1)[0]
-    n,z,skipped = embed_batch(flip, [(image, 'x', ''), (None, 'x', 'torn'), (image, 'x', '')], 7, FeatureKind(.5, seed=2))
+    rows = stack_rows([(image, 'x', ''), (None, 'x', 'torn'), (image, 'x', '')])
+    n,z,skipped = embed_batch(flip, rows, 7, FeatureKind(.5, seed=2))
     assert (n, skipped, z.shape) == (3, {'8': 'torn'}, (2, 16))
-    again,other = (embed_batch(flip, [image, image], start, FeatureKind(.5, seed=2))[1] for start in (7, 9))
+    again,other = (embed_batch(flip, stack_rows([image, image]), start, FeatureKind(.5, seed=2))[1] for start in (7, 9))
     assert (again == z).all() and (again != other).any()
-    whole = embed_batch(flip, [image], 0, FeatureKind(projected=True))[1]
+    whole = embed_batch(flip, stack_rows([image]), 0, FeatureKind(projected=True))[1]
     torch.testing.assert_close(torch.from_numpy(whole), flip.encode_image(to_float(image[None])).detach())
     found = as_extracted(z, dict(done=3, skipped={'1': 'torn'}))
     assert found.rows.tolist() == [0, 2] and found.skipped == {1: 'torn'}
@@ -453,8 +455,8 @@ def test_features_stay_with_their_rows_in_batches_of_any_size():
 @pytest.mark.parametrize('module', [scoring, featuring])
 def test_workers_of_an_evaluation_ignore_the_signals_that_end_a_run(monkeypatch, module):
     flip,pairs,seen = tiny_flip(),caption_job(WORDS).data.splits['test'],[]
-    own = module.DataLoader
-    monkeypatch.setattr(module, 'DataLoader', lambda *args, **kwargs: seen.append(kwargs) or own(*args, **kwargs))
+    own = module.WorkerLoader
+    monkeypatch.setattr(module, 'WorkerLoader', lambda *args, **kwargs: seen.append(kwargs) or own(*args, **kwargs))
     encode_pairs(flip, pairs) if module is scoring else extract_features(flip, pairs, quiet=True)
     assert len(seen) == 1 and ignores_signals(seen[0]['worker_init_fn'])
 
@@ -548,6 +550,7 @@ def test_a_fault_costs_one_task_and_is_raised_at_the_end(tmp_path, monkeypatch):
     report,job = Report(tmp_path, dict(seed=4), quiet=True),labelled_job()
     def broken(job): raise ValueError('no rows')
     monkeypatch.setitem(reporting.TASKS, 'knn', broken)
+    monkeypatch.setattr(reporting, 'is_ours', lambda error: True)    # a sentence for the user, not a fault
     monkeypatch.setitem(reporting.TASKS, 'zero_shot', lambda job: (made_scores(1., 0.), {}))
     for task in ('knn', 'zero_shot'): run_task(task, job, report)
     stored = json.loads((tmp_path/'results.json').read_text())
