@@ -63,7 +63,7 @@ def test_files_of_no_split_are_left_out_and_named(place):
         datasets.Dataset.from_dict(dict(image=[jpg()], caption=['x'])).to_parquet(place/f'{name}.parquet')
     notes = []
     assert {s: len(r) for s,r in load_rows(str(place), notes=notes).items()} == dict(train=1, test=1)
-    assert any("'more.parquet', belong to no split" in n for n in notes)
+    assert any("'more.parquet', of no split" in n for n in notes)
 
 
 def test_folder_names_are_captions_only_where_nothing_else_is(place):
@@ -229,3 +229,32 @@ def test_odd_names_of_folders_with_tables(place, name):
     datasets.Dataset.from_dict(dict(image=[jpg()]*3, caption=list('abc'))).to_parquet(place/name/'0.parquet')
     assert sizes(place/name, holdout=0) == dict(train=3)
     assert len(open_stream(str(place/name), 16, holdout=0)[0][0].shards) == 1
+
+
+def test_names_in_a_column_of_labels_are_classes_for_both(place):
+    (place/'d').mkdir()
+    datasets.Dataset.from_dict(dict(image=[jpg()]*20, breed=['pug', 'boxer']*10)).to_parquet(place/'d'/'train.parquet')
+    datasets.Dataset.from_dict(dict(image=[jpg()]*4, breed=['boxer']*4)).to_parquet(place/'d'/'test.parquet')
+    pairs,found = load_pairs(str(place/'d'), 16),open_test_set(str(place/'d'), 16)
+    assert pairs['test'].label_names == found.class_names == ['boxer', 'pug']
+    assert pairs['test'].captions(0) == found.splits['test'].captions(0) == ['boxer']
+
+
+@pytest.mark.parametrize('text,why', [('image,caption\n', 'it has no rows'), ('image,caption\nx/9.jpg,a\n', 'names no image'),
+                                      ('Datei,Text auf Deutsch\n0.jpg,a\n', 'no column looks like the image')])
+def test_a_table_that_is_not_used_is_named_with_the_reason(place, text, why):
+    for i in range(3): put(place/f'{i}.jpg')
+    put(place/'captions.csv', text)
+    with pytest.raises(ValueError, match=f'captions.csv.*{why}'): load_pairs(str(place), 16)
+    for i in range(3): put(place/f'{i}.txt', 'words')
+    said = []
+    assert sizes(place, holdout=0, say=said.append) == dict(train=3) and 'not used: ' in said[0]
+
+
+def test_captions_that_are_all_empty_end_in_one_sentence(place):
+    for i in range(3): put(place/f'{i}.jpg'); put(place/f'{i}.txt', ' \n')
+    with pytest.raises(ValueError, match='none of the images has a caption.*3 x empty caption'): load_pairs(str(place), 16)
+    tar(place/'t'/'0.tar', [(f'{i}.jpg', jpg(i)) for i in range(3)])
+    with pytest.raises(ValueError, match='no record can be used.*3 x no caption'): load_pairs(str(place/'t'), 16)
+    (place/'t'/'0.tar').write_bytes(b'no tar')
+    with pytest.raises(ValueError, match='0.tar.: shard unreadable'): load_pairs(str(place/'t'), 16)

@@ -40,7 +40,9 @@ def image_rows(
     if len(groups) > 1 and (outside := groups.pop(None, None)):
         found.faults['image outside of the split folders'] = len(outside)
         found.example['image outside of the split folders'] = os.path.basename(outside[0])
-    notes += [f"captions from {found.source}", *count_faults(found.faults, found.example)]
+    lost = count_faults(found.faults, found.example)
+    if not groups: raise ValueError(f"none of the images has a caption that can be used; {lost[0]}")
+    notes += [f"captions from {found.source}", *lost, *(f'not used: {t}' for t in found.unused)]
     names = sorted({c[0] for c in found.captions.values()}) if found.labels else None
     texts = datasets.Sequence(datasets.Value('string'))
     kind = datasets.ClassLabel(names=names) if names else texts
@@ -76,7 +78,9 @@ def class_ending(
     captions:tuple[str,...], # Endings of captions
 ) -> str|None: # 'cls' where the first record has a class instead of captions
     "Labelled shards hold the class under this ending."
-    first = next(Source(shards[:1], (), (*captions, 'cls')).records(0), (0, '', {}))[2]
+    source = Source(shards[:1], (), (*captions, 'cls'))
+    try: first = next(source.records(0), (0, '', {}))[2]
+    except BadShard: return None                                   # reported when it is read
     return 'cls' if first.get('cls') and not any(first.get(c) for c in captions) else None
 
 # %% ../../nbs/4_data/08_folders.ipynb #548059af
@@ -101,7 +105,8 @@ def tar_rows(
     if broken and (why := next((w for s in shards if (w := order_fault(s))), '')):
         raise ValueError(why)
     lost = count_faults(Counter(f for f in faults if f), broken)
-    if not good: raise ValueError(lost[0] if lost else 'it has no rows')
+    if not good and not lost: raise ValueError('it has no rows')
+    if not good: raise ValueError(f'no record can be used; {lost[0]}')
     notes += lost
     rows = rows.select(good).remove_columns(['fault', 'key'])
     if label:
@@ -230,7 +235,7 @@ def load_rows(
         raise ValueError(f"{data!r} {what}: {where}{load_fault(e)}") from e
     if layout: notes += [f'left out: {text}' for text in layout.left]
     rows = {s: loaded[n] for s,names in SPLITS.items() for n in reversed(names) if n in loaded}
-    rows = number_labels(rows or {'train': loaded[next(iter(loaded))]}, caption_column)
+    if not rows: rows = {'train': loaded[next(iter(loaded))]}
     kinds = dict(parquet='parquet files', webdataset='tar files', images='a folder of images',
                  saved='a saved data set')
     sizes = ', '.join(f"{len(r):,} in {s}" for s,r in rows.items())
@@ -293,6 +298,7 @@ def load_pairs(
     "Real pairs, ready to train on and to evaluate."
     import datasets
     splits,out = load_rows(data, image_column, caption_column, notes := []),{}
+    splits = number_labels(splits, caption_column)
     for split,rows in splits.items():
         if len(rows) == 0: raise ValueError(f"split {split!r} of {data!r} is empty")
         image,caption,classes = pair_columns(rows.features, image_column, caption_column)

@@ -173,7 +173,7 @@ def find_layout(
     if shards := shard_files(files):
         kind = 'parquet' if ends(shards[:1], '.parquet') else 'webdataset'
         splits,others = by_split(shards, root)
-        unread = f"{some(others, root, 'file')}, belong to no split" if others else ''
+        unread = f"{some(others, root, 'file')}, of no split" if others else ''
         return Layout(kind, root, splits, left=[unread] if unread else [])
     images = [f for f in ends(files, tuple(IMAGE_ENDINGS)) if readable(f)]
     if not images and not (os.path.isfile(data) and ends([data], TABLES)):

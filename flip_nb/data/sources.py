@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['expand_braces', 'remote_shards', 'listed', 'list_shards', 'parquet_columns', 'open_source', 'unusable',
            'check_source', 'record_captions', 'stream_sample', 'stream_corpus', 'first_rows', 'hold_out_shard',
-           'parse_weights', 'open_sources', 'open_stream', 'known_sizes', 'listed_sizes', 'shard_size', 'count_pairs']
+           'describe_stream', 'parse_weights', 'open_sources', 'open_stream', 'known_sizes', 'listed_sizes',
+           'shard_size', 'count_pairs']
 
 # %% ../../nbs/4_data/09_sources.ipynb #56a386f3
 import json, os, re
@@ -225,6 +226,19 @@ def hold_out_shard(
                      f"and no data set with a second shard to hold out{why}")
 
 # %% ../../nbs/4_data/09_sources.ipynb #ace06b8f
+def describe_stream(
+    sources:list[Source], # Training data
+    held:dict[str,Pairs], # 'val' or 'test' to evaluate on
+) -> list[str]: # Sentences for the user
+    "What is known of a stream before it is read."
+    lines = []
+    for s in sources:
+        kind = 'Parquet' if is_parquet(s.shards[0]) else 'tar'
+        words = next(record_captions(s, 100), ['none in the first records'])[0]
+        lines.append(f"{len(s.shards):,} {kind} files to train on, such as {s.names[0]!r}; "
+                     f"first caption: {words!r:.100}")
+    return lines + [f"{len(p):,} rows to evaluate on ({name})" for name,p in held.items()]
+
 def parse_weights(
     weights:str|list[float]|None, # Such as '2,1'
 ) -> list[float]|None: # Numbers

@@ -17,7 +17,8 @@ from ..core import nearest
 from .captions import as_captions, BadRecord, CAPTION_NAMES, read_json
 from .decode import IMAGE_ENDINGS, IMAGE_NAMES
 from .layout import (
-    ends, folder_classes, folder_parts, Layout, readable, some, split_of, split_of_words, TABLES)
+    ends, folder_classes, folder_parts, folder_split, Layout, readable, some, split_of,
+    split_of_words, TABLES)
 
 # %% ../../nbs/4_data/07_tables.ipynb #7798b67f
 FILE_NAMES = ('file_name', 'filename', 'file', *IMAGE_NAMES, 'image_name', 'image_file',
@@ -144,6 +145,7 @@ class Captioned:
     labels:bool = False # Whether they are names of classes
     faults:Counter = field(default_factory=Counter) # Why something was left out, to how often
     example:dict = field(default_factory=dict) # Why something was left out, to one name
+    unused:list[str] = field(default_factory=list) # Tables that are not used, and why
 
     def leave(self,
         kind:str, # Why
@@ -176,16 +178,16 @@ def find_tables(
         alone = len(layout.files) == 1
         if os.path.splitext(path)[0] in stems: continue          # beside an image: only its own
         try:
-            rows = read_table(path)
+            if not (rows := read_table(path)): raise ValueError("it has no rows")
             image,caption = table_columns(rows, *columns)
-        except ValueError:
+        except ValueError as e:
             if alone: raise
+            if not path.lower().endswith(('.txt', '.json')): others.append(f"{path!r}: {e}")
             continue
         place = os.path.dirname(path)
         hits = (find_image(r.get(image), index, layout.root, place) for r in rows[:100])
         if alone or any(hits): found[path] = rows, image, caption
-        elif rows:
-            others.append(f"{path!r} names no image of this folder, but {rows[0].get(image)!r}")
+        else: others.append(f"{path!r} names no image of this folder, but {rows[0].get(image)!r}")
     splits = {p for p in found if split_of_words(re.findall('[a-z]+', Path(p).name.lower()))}
     if splits: return {p: found[p] for p in found if p in splits}, others
     best = {}
@@ -247,6 +249,8 @@ def name_classes(
     found = {image: names[parts[at][1]] for image,at in folders.items()}
     if not any(found.values()): return None
     out = Captioned('image', 'label', {}, {}, 'names of folders, as there is nothing else', True)
+    odd = sorted({name for name in found.values() if name and folder_split(name)})
+    if odd: out.source += f" ({odd[0]!r} is a class here, and no split)"
     for image,name in found.items():
         if name: out.captions[image] = [name]
         else: out.leave('image without a class', image)
@@ -276,7 +280,7 @@ def open_captions(
                          "classes. Put a table captions.csv with the columns image,caption beside "
                          "them, or a text file beside each image, or the images of each class into "
                          "a folder with its name" + ''.join(f'. {o}' for o in others[:1]))
-    out.image_column = image_column or 'image'
+    out.image_column,out.unused = image_column or 'image',others
     for image in images:
         if image not in out.captions:
             if tables: out.leave('image that no row names', os.path.relpath(image, root or '.'))

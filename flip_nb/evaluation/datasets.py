@@ -14,7 +14,7 @@ from pathlib import Path
 from torchvision.transforms.functional import to_pil_image
 from ..core import find_file, nearest
 from ..data.tables import find_column
-from ..data.folders import hold_out, load_rows, pair_columns
+from ..data.folders import hold_out, load_rows, number_labels, pair_columns
 from ..data.decode import IMAGE_NAMES
 from ..data.layout import SPLITS
 from ..data.pairs import Pairs
@@ -187,6 +187,8 @@ def open_test_set(
     if notes is not None and path is None and os.path.exists(data):
         notes.append(f"{data} is the data set of the registry; for the folder write ./{data}")
     rows = fetch_rows(entry, path, (image_column, caption_column), notes)
+    if entry.label_column is None and class_names is None:
+        rows = number_labels(rows, caption_column)
     first = next(iter(rows.values()))
     columns = choose_columns(first.features, entry, image_column, caption_column)
     names,keys = choose_names(first.features[columns[1]], entry, class_names, path)

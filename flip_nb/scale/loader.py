@@ -30,7 +30,8 @@ from ..data.decode import train_transform
 from ..data.stream import PairStream, stream_loader
 from ..data.pairs import sample_captions, SkippedRows
 from ..data.records import Source
-from ..data.sources import count_pairs, open_stream, stream_corpus, stream_sample
+from ..data.sources import (
+    count_pairs, describe_stream, open_stream, stream_corpus, stream_sample)
 from ..model import FLIP, preset_config
 from ..official.recipe import load_tokenizer
 from .checkpoint import StopRequest
@@ -65,9 +66,11 @@ def open_named(
 ) -> RunData: # Of the data that --data names
     "Scenes, a folder or glob, or a name on the hub."
     d,workers = config.data,config.data.workers
+    say = print if processes()[0] == 0 and not config.log.quiet else None
     if d.stream:
         found = open_stream(d.data, image_size, d.image_column, d.caption_column, d.weights)
         sources,held = found
+        if say: say('\n'.join(describe_stream(*found)))
         test = held.get('test', held.get('val'))
         return RunData(sources, partial(stream_corpus, sources),
                        partial(evaluate_pairs, pairs=test, workers=workers),
@@ -76,7 +79,6 @@ def open_named(
         scenes = Scenes('train', image_size, seed=config.seed)
         return RunData(scenes, partial(scene_captions, scenes),
                        partial(evaluate_scenes, size=config.log.eval_size, seed=config.seed))
-    say = print if processes()[0] == 0 and not config.log.quiet else None
     pairs = load_pairs(d.data, image_size, d.image_column, d.caption_column, d.min_area,
                        not d.no_flip, say=say)
     if 'train' not in pairs:
