@@ -47,6 +47,9 @@ class QuestionConfig:
     templates:str|None = option(None)
     image_column:str|None = option(None) # Column with images; found by default
     caption_column:str|None = option(None) # Column with captions or labels; found by default
+    # File with the name of a class in each line, in the order of their numbers, or names with
+    # commas; default: those of the data set
+    class_names:str|None = option(None)
     limit:int = option(0, least=0) # Most rows of every split, spread evenly; 0: all
     # Most images for robustness, masked views and figures
     pictures:int = option(1000, least=1)
@@ -133,6 +136,7 @@ def data_request(
     trained = next((k for k in known if k.get('data') == data), {})
     columns = {k: getattr(q, k) or trained.get(k) for k in ('image_column', 'caption_column')}
     return DataRequest(q.split, **columns, templates=q.templates, limit=q.limit,
+                       class_names=q.class_names,
                        seed=config.embedding.seed, stream=bool(trained.get('stream')),
                        weights=trained.get('weights'))
 

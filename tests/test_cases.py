@@ -258,3 +258,22 @@ def test_captions_that_are_all_empty_end_in_one_sentence(place):
     with pytest.raises(ValueError, match='no record can be used.*3 x no caption'): load_pairs(str(place/'t'), 16)
     (place/'t'/'0.tar').write_bytes(b'no tar')
     with pytest.raises(ValueError, match='0.tar.: shard unreadable'): load_pairs(str(place/'t'), 16)
+
+
+def test_classes_without_names_get_those_of_the_user(place):
+    from flip_nb.evaluation.datasets import DataRequest
+    from flip_nb.transfer.labelled import LabelledConfig, open_labelled
+    for s,n in (('train', 8), ('test', 4)):
+        for i in range(n): put(place/'d'/s/'01'[i % 2]/f'{i}.jpg')
+    data = str(place/'d')
+    with pytest.raises(ValueError, match='give --class_names'): open_test_sets(data, 16)
+    put(place/'names.txt', 'a cat\n\na dog\n')
+    for given in ('a cat, a dog', str(place/'names.txt')):
+        [found] = open_test_sets(data, 16, DataRequest(class_names=given))
+        assert found.class_names == ['a cat', 'a dog'] and found.splits['test'].captions(3) == ['a dog']
+        pairs,_ = open_labelled(LabelledConfig(data=data, class_names=given), 16)
+        assert pairs.label_names == ['a cat', 'a dog']
+    with pytest.raises(ValueError, match="there are 1 class names|none of the 1 classes"):
+        open_test_sets(data, 16, DataRequest(class_names='a cat'))
+    with pytest.raises(ValueError, match="--class_names ', ' holds no name"):
+        open_test_sets(data, 16, DataRequest(class_names=', '))

@@ -89,7 +89,7 @@ def list_files(
         seen.add(real)
         folders[:] = sorted(f for f in folders if f[0] != '.' and f != '__MACOSX')
         found += [os.path.join(place, n) for n in names if n[0] != '.']
-    return sorted(found), data
+    return sorted(f.replace(os.sep, '/') for f in found), data    # also on Windows
 
 def readable(
     path:str, # Path of an image

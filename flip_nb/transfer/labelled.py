@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from torch.utils.data import Dataset
 from ..data.pairs import Pairs
 from ..data.decode import train_transform
-from ..evaluation.datasets import need_labels, open_test_set, TestSet
+from ..evaluation.datasets import need_labels, open_test_set, read_names, TestSet
 from ..evaluation.labels import classification_scores
 from ..evaluation.features import class_numbers, extract_features
 from ..evaluation.probe import wilson_interval
@@ -65,6 +65,9 @@ class LabelledConfig:
     data:str|None = option(None, path=partial(local_name, known=('scenes', *REGISTRY)))
     image_column:str|None = option(None) # Column with images; found by default
     caption_column:str|None = option(None) # Column with class labels; found by default
+    # File with the name of a class in each line, in the order of their numbers, or names with
+    # commas; default: those of the data set
+    class_names:str|None = option(None)
     # Smallest area of a random crop, as a share of the image; 1 takes whole images
     min_area:float = option(0.5, least=0)
     no_flip:bool = option(False) # Do not mirror images at random
@@ -92,7 +95,7 @@ def open_labelled(
     "Training rows and test rows."
     c = config
     data = open_test_set(c.data, image_size, image_column=c.image_column,
-                         caption_column=c.caption_column)
+                         caption_column=c.caption_column, class_names=read_names(c.class_names))
     need_labels(data, 'fine-tuning')
     if 'train' not in data.splits:
         raise ValueError(f"{c.data!r} has no rows to train on; "
