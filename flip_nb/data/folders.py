@@ -11,11 +11,13 @@ __all__ = ['count_faults', 'image_rows', 'tar_records_of', 'class_ending', 'tar_
 import glob, os
 from collections import Counter
 import torch
+from .. import __version__
 from .captions import BadRecord, CAPTION_NAMES
 from .decode import as_stored, eval_transform, IMAGE_NAMES, train_transform
 from .layout import find_layout, HUB, is_hub_name, Layout, SPLITS
 from .names import readable_names, untranslated
 from .pairs import Pairs
+from ..files import shown
 from .records import (
     BadShard, beside, order_fault, read_captions, Source, stored_image, usual_endings)
 from .tables import Captioned, find_column, LABEL_NAMES, open_captions
@@ -58,7 +60,7 @@ def tar_records_of(
     shards:list[str], # Tar files
     images:tuple[str,...], # Endings of images, the best first
     captions:tuple[str,...], # Endings of captions, the best first
-    state:list, # Size and time of each file: a table on disk is made anew where they change
+    state:tuple, # What the table on disk is made anew for: sizes, times, our version
 ):
     "Every record of some tar files, with what is wrong with it."
     source = Source(shards, images, captions)
@@ -98,11 +100,13 @@ def tar_rows(
         tar_records_of, features=datasets.Features(
             image=datasets.Value('binary'), captions=datasets.Sequence(text), fault=text, key=text),
         gen_kwargs=dict(images=images, captions=(label,) if label else captions, shards=shards,
-                        state=[(os.path.getsize(s), os.stat(s).st_mtime_ns) for s in shards]))
+                        state=(__version__, *((os.path.getsize(s), os.stat(s).st_mtime_ns)
+                                              for s in shards))))
     faults,keys = rows['fault'][:],rows['key'][:]
     good = [i for i,fault in enumerate(faults) if not fault]
     broken = {fault: keys[i] for i,fault in reversed(list(enumerate(faults))) if fault}
-    if broken and (why := next((w for s in shards if (w := order_fault(s))), '')):
+    apart = {'no image', 'no caption'} <= broken.keys()             # as in a tar out of order
+    if apart and (why := next((w for s in shards if (w := order_fault(s))), '')):
         raise ValueError(why)
     lost = count_faults(Counter(f for f in faults if f), broken)
     if not good and not lost: raise ValueError('it has no rows')
@@ -204,12 +208,11 @@ def number_labels(
 
 # %% ../../nbs/4_data/08_folders.ipynb #a4229263
 def read_layout(
-    layout:Layout, # What lies at a path
+    layout:Layout, # What lies at a path, but for a folder of images
     columns:tuple[str|None,str|None], # Columns of images and captions that the user named
     notes:list[str], # Gets sentences for the user
 ) -> dict: # The layout's own name of each split, to `datasets.Dataset`
-    "Rows of anything that lies on this machine."
-    if layout.kind == 'images': return image_rows(open_captions(layout, *columns), notes)
+    "Rows of what is read with the help of `datasets`."
     if layout.kind in ('saved', 'parquet'): return table_rows(layout, columns[0])
     return {s: tar_rows(files, columns, notes) for s,files in layout.splits.items()}
 
@@ -222,24 +225,26 @@ def load_rows(
     "Open a data set."
     import datasets
     data,notes = os.path.expanduser(data),[] if notes is None else notes
-    hub,layout = is_hub_name(data),None
-    if not hub: layout = find_layout(data)
+    columns = image_column,caption_column
+    layout = None if is_hub_name(data) else find_layout(data)
     try:
-        if hub: loaded = datasets.load_dataset(path=data.removeprefix(HUB))
-        else: loaded = read_layout(layout, (image_column, caption_column), notes)
-    except Exception as e:
-        what,where = 'could not be read',''
-        if hub: what = 'is no local path, and could not be loaded from the Hugging Face hub'
-        elif type(e) is ValueError and layout.kind == 'images': raise
-        elif layout.kind == 'parquet': where = broken_parquet(sum(layout.splits.values(), []))
-        raise ValueError(f"{data!r} {what}: {where}{load_fault(e)}") from e
+        if layout is None: loaded = datasets.load_dataset(path=data.removeprefix(HUB))
+        elif layout.kind != 'images': loaded = read_layout(layout, columns, notes)
+    except Exception as e:                                          # of `datasets`, of any kind
+        if layout is None: what = 'is no local path, and could not be loaded from the hub'
+        else: what = 'could not be read'
+        parquet = sum(layout.splits.values(), []) if layout and layout.kind == 'parquet' else []
+        raise ValueError(f"{data!r} {what}: {broken_parquet(parquet)}{load_fault(e)}") from e
+    if layout and layout.kind == 'images':
+        loaded = image_rows(open_captions(layout, *columns), notes)
     if layout: notes += [f'left out: {text}' for text in layout.left]
     rows = {s: loaded[n] for s,names in SPLITS.items() for n in reversed(names) if n in loaded}
     if not rows: rows = {'train': loaded[next(iter(loaded))]}
     kinds = dict(parquet='parquet files', webdataset='tar files', images='a folder of images',
                  saved='a saved data set')
     sizes = ', '.join(f"{len(r):,} in {s}" for s,r in rows.items())
-    notes.insert(0, f"{data}: {kinds[layout.kind] if layout else 'a data set of the hub'}, {sizes}")
+    what = kinds[layout.kind] if layout else 'a data set of the hub'
+    notes.insert(0, f"{shown(data) if layout else data}: {what}, {sizes}")
     return rows
 
 # %% ../../nbs/4_data/08_folders.ipynb #624244f1

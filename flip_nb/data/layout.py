@@ -12,7 +12,7 @@ import glob, os, re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from PIL import Image
-from ..core import nearest
+from ..core import misspelt, nearest
 from .decode import IMAGE_ENDINGS
 
 # %% ../../nbs/4_data/06_layout.ipynb #f34dc9ba
@@ -154,6 +154,7 @@ def missing(
     parent,last = os.path.split(os.path.normpath(data))
     beside = sorted(os.listdir(parent or '.')) if os.path.isdir(parent or '.') else []
     guess = nearest(last, beside).split(' Known:')[0]
+    if not guess and (near := misspelt(data)): guess = f" Did you mean {near!r}?"
     if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', data):
         guess += f" If it is a data set on the Hugging Face hub, write {HUB}{data}."
     return ValueError(f"{data!r} does not exist.{guess} Give a folder, a file or a glob of parquet "
@@ -173,8 +174,10 @@ def find_layout(
     if shards := shard_files(files):
         kind = 'parquet' if ends(shards[:1], '.parquet') else 'webdataset'
         splits,others = by_split(shards, root)
-        unread = f"{some(others, root, 'file')}, of no split" if others else ''
-        return Layout(kind, root, splits, left=[unread] if unread else [])
+        other = [f for f in ends(files, ('.tar', *IMAGE_ENDINGS)) if f not in set(shards)]
+        left = [f"{some(others, root, 'file')}, of no split"] if others else []
+        left += [f"{some(other, root, 'file')}, beside what is read"] if other else []
+        return Layout(kind, root, splits, left=left)
     images = [f for f in ends(files, tuple(IMAGE_ENDINGS)) if readable(f)]
     if not images and not (os.path.isfile(data) and ends([data], TABLES)):
         kinds = Counter(os.path.splitext(f)[1].lower() or 'without an ending' for f in files)
@@ -194,6 +197,5 @@ def is_hub_name(
     if data.startswith(HUB): return True
     if os.path.exists(data) or data.lower().endswith(('.parquet', '.tar', *TABLES)): return False
     first,slash,_ = data.partition('/')
-    near = nearest(first, [f for f in os.listdir() if os.path.isdir(f)]).startswith(' Did you mean')
-    if slash and (os.path.isdir(first) or near): return False
+    if slash and (os.path.isdir(first) or misspelt(data)): return False
     return re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', data) is not None

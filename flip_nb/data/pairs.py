@@ -8,14 +8,15 @@ __all__ = ['Pairs', 'next_good', 'AllRows', 'corpus', 'sample_captions', 'Collat
            'WorkerLoader', 'end_loop']
 
 # %% ../../nbs/4_data/03_pairs.ipynb #9e45a5ba
-import atexit, hashlib, multiprocessing.util, signal
+import atexit, hashlib, multiprocessing.util, os, signal, threading, time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 from .captions import as_captions, BadRecord
 from .decode import image_fault, load_image
 from ..files import LogFile, read_lines
@@ -281,11 +282,6 @@ class SkippedRows:
         raise ValueError(f"{len(self.keys)} of the first {self.seen} rows cannot be used, "
                          f"more than {self.most:.0%}: {kinds}; see {self.path}. "
                          "Mend the data, or allow more with --max_broken")
-
-# %% ../../nbs/4_data/03_pairs.ipynb #5d0c41aa
-import os, threading, time
-from torch.utils.data import DataLoader
-from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 # %% ../../nbs/4_data/03_pairs.ipynb #b2bb3bb7
 def leave_signals(

@@ -81,9 +81,9 @@ def json_rows(
     if isinstance(value, list): return [v for v in value if isinstance(v, dict)]
     if not isinstance(value, dict): return []
     if isinstance(found := value.get('annotations'), list):
-        names = {i.get('id'): i.get('file_name') for i in value.get('images', [])}
-        return [dict(file_name=names.get(a.get('image_id')), caption=a.get('caption'))
-                for a in found if 'caption' in a]
+        names = {i.get('id'): i.get('file_name') for i in json_rows(value.get('images'))}
+        return [dict(file_name=names.get(a.get('image_id')), caption=a['caption'])
+                for a in json_rows(found) if 'caption' in a]
     if isinstance(found := value.get('images'), list): return json_rows(found)
     plain = value and all(isinstance(v, (str, list)) for v in value.values())
     return [dict(file_name=k, caption=v) for k,v in value.items()] if plain else []
@@ -95,7 +95,9 @@ def read_table(
     try: text = Path(path).read_bytes().decode('utf-8-sig')
     except UnicodeDecodeError as e:
         raise ValueError(f"{path!r} is not UTF-8 text: {e}") from e
-    if not path.lower().endswith(('.json', '.jsonl')): return read_delimited(text)
+    if not path.lower().endswith(('.json', '.jsonl')):
+        try: return read_delimited(text)
+        except csv.Error as e: raise ValueError(f"{path!r} is no table: {e}") from e
     whole,rows = path.lower().endswith('.json'),[]
     for number,line in enumerate([text] if whole else text.split('\n'), 1):
         try: rows += [json.loads(line)] if line.strip() else []
@@ -188,13 +190,13 @@ def find_tables(
         hits = (find_image(r.get(image), index, layout.root, place) for r in rows[:100])
         if alone or any(hits): found[path] = rows, image, caption
         else: others.append(f"{path!r} names no image of this folder, but {rows[0].get(image)!r}")
-    splits = {p for p in found if split_of_words(re.findall('[a-z]+', Path(p).name.lower()))}
-    if splits: return {p: found[p] for p in found if p in splits}, others
+    splits = [p for p in found if split_of_words(re.findall('[a-z]+', Path(p).name.lower()))]
     best = {}
     rank = lambda p: next((i for i,n in enumerate(('metadata', 'captions')) if n in p.lower()), 2)
     for p in sorted(found, key=lambda p: (rank(os.path.basename(p)), p)):
         best.setdefault(os.path.dirname(p), p)
-    return {p: found[p] for p in best.values()}, others
+    chosen = {p: found[p] for p in (splits or best.values())}
+    return chosen, others + [f"{p!r}: others come first" for p in found if p not in chosen]
 
 # %% ../../nbs/4_data/07_tables.ipynb #7a576468
 def read_tables(
