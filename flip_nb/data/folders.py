@@ -73,7 +73,8 @@ def tar_records_of(
                 except BadRecord as e: row['fault'] = e.kind
                 yield row
         except BadShard as e:
-            raise ValueError(f"{shard!r}: {e.kind}, {e}; --stream reads what is whole") from e
+            whole = '; --stream reads what is whole'*(e.kind == 'shard cut short')
+            raise ValueError(f"{shard!r}: {e.kind}, {e}{whole}") from e
 
 def class_ending(
     shards:list[str], # Tar files

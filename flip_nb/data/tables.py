@@ -278,10 +278,11 @@ def open_captions(
     out = (read_tables(layout, tables, index) if tables else read_sidecars(layout, images)
            or name_classes(parts, folders))
     if out is None:
+        why = ''.join(f" ({o})" for o in others[:1])
         raise ValueError(f"{root!r} holds {some(images, root, 'image')}, but no captions and no "
-                         "classes. Put a table captions.csv with the columns image,caption beside "
+                         f"classes{why}. Put a table captions.csv with the columns image,caption beside "
                          "them, or a text file beside each image, or the images of each class into "
-                         "a folder with its name" + ''.join(f'. {o}' for o in others[:1]))
+                         "a folder with its name")
     out.image_column,out.unused = image_column or 'image',others
     for image in images:
         if image not in out.captions:
