@@ -280,9 +280,9 @@ def open_captions(
     if out is None:
         why = ''.join(f" ({o})" for o in others[:1])
         raise ValueError(f"{root!r} holds {some(images, root, 'image')}, but no captions and no "
-                         f"classes{why}. Put a table captions.csv with the columns image,caption beside "
-                         "them, or a text file beside each image, or the images of each class into "
-                         "a folder with its name")
+                         f"classes{why}. Put a table captions.csv with the columns image,caption "
+                         "beside them, or a text file beside each image, or the images of each "
+                         "class into a folder with its name")
     out.image_column,out.unused = image_column or 'image',others
     for image in images:
         if image not in out.captions:
