@@ -28,7 +28,7 @@ every_module = pytest.mark.parametrize('module', modules)
 every_notebook = pytest.mark.parametrize('path', notebooks, ids=lambda p: p.relative_to(root/'nbs').as_posix())
 
 # Who stands on whom: a module imports from lower layers, and from earlier notebooks of its own part.
-method = 'core masking transformer vision text loss model scenes zero_shot loop'.split()
+method = 'core masking transformer vision text loss card model scenes zero_shot loop'.split()
 layers = {**dict.fromkeys(method, 0), 'files': 1, 'distributed': 1, 'data': 2, 'objectives': 3, 'strategies': 3, 'official': 3,
           'evaluation': 4, 'scale': 5, 'transfer': 6}
 commands = 'train evaluate finetune bench plan search'.split()
