@@ -242,7 +242,7 @@ def test_a_crash_with_workers_ends_at_once(run, data):
     crash = """
 import flip_nb.scale.trainer as trainer
 def backward(*args, **kw): raise RuntimeError('a cable was pulled')
-trainer.contrastive_backward = backward
+trainer.objective_backward = backward
 """
     c = run('--data', data, '--out', 'run', *usual, '--workers', 2, before=crash)
     c.until('a cable was pulled'); began = time.monotonic()

@@ -30,6 +30,8 @@ from flip_nb.scale.checkpoint import (
     training_state)
 from flip_nb.scale.config import TrainConfig, changed, fill_in_steps, resolve, resume_config, stages_of
 from flip_nb.scale.loader import count_rows, deliver, make_loader, make_stream, new_model, noise_sizes, open_train_data
+from flip_nb.objectives.family import Objective
+from flip_nb.scale.objective import objective_backward
 from flip_nb.scale.options import build, flatten, given
 from flip_nb.scale.results import collect_results, plot_run
 from flip_nb.scale.run import (
@@ -37,7 +39,7 @@ from flip_nb.scale.run import (
     progress_state, publish, save_run)
 from flip_nb.scale.steps import filled_up, largest_batch, made_batch, our_step
 from flip_nb.scale.trainer import (
-    checkpoint_is_due, contrastive_backward, evaluation_is_due, log_line, open_loader, open_run)
+    checkpoint_is_due, evaluation_is_due, log_line, open_loader, open_run)
 from flip_nb.scale.run import stop_run
 from flip_nb.scenes import Scenes
 from flip_nb.train import train
@@ -646,7 +648,7 @@ def test_the_score_that_chooses_the_best():
 def gradients(flip, batch, **kwargs):
     flip.zero_grad()
     torch.manual_seed(3)
-    loss = contrastive_backward(Accelerator(cpu=True), flip, batch, Stage('x', 1, .5, 1., 0), **kwargs)
+    loss = objective_backward(Accelerator(cpu=True), flip, batch, Stage('x', 1, .5, 1., 0), **kwargs)
     return loss, [p.grad.clone() for p in flip.parameters()]
 
 
@@ -656,7 +658,7 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole_batch(noisy):
     batch = dict(images=pictures(6), ids=flip.tokenizer(WORDS), rows=[0]*6)
     if noisy: batch |= dict(image_noise=torch.rand(6, 16, generator=rng(1)), text_noise=torch.rand(6, 8, generator=rng(2)))
     how = dict(text_mask_ratio=.5, text_mask_order='padding_first') if noisy else {}
-    pieces = [gradients(flip, batch, micro_batch=4, **how), gradients(flip, batch, micro_batch=4, loss_chunk=2, **how)]
+    pieces = [gradients(flip, batch, micro_batch=4, **how), gradients(flip, batch, micro_batch=4, objective=Objective(chunk_size=2), **how)]
     if noisy:
         images = flip.encode_image(to_float(batch['images']), .5, batch['image_noise'])
         texts = flip.encode_text(batch['ids'], .5, 'padding_first', batch['text_noise'])
@@ -825,7 +827,7 @@ def test_a_resumed_run_knows_how_many_rows_it_has_seen(finished, tmp_path):
         whole = make_loader(parts.run.accelerator, run_data()['train'], Collate(flip.tokenizer), 4, 5, {}, range(4, 10))
         assert rows == [b['rows'] for b in whole]
         assert parts.run.identity == dict(preset=config_of(folder).model.preset, seed=5, rows=10)
-        assert parts.backward.keywords == dict(text_mask_ratio=0., text_mask_order='random', micro_batch=0, loss_chunk=0)
+        assert parts.backward.keywords == dict(text_mask_ratio=0., text_mask_order='random', micro_batch=0, objective=Objective())
     finally: parts.lock and parts.lock.close()
 
 
@@ -842,7 +844,8 @@ def test_options_of_a_step_reach_it(finished, tmp_path):
                        micro_batch=3, loss_chunk=2, max_broken=.3)
     parts = open_run(config, run_data())
     parts.lock and parts.lock.close()
-    assert parts.backward.keywords == dict(text_mask_ratio=.25, text_mask_order='padding_first', micro_batch=3, loss_chunk=2)
+    assert parts.backward.keywords == dict(text_mask_ratio=.25, text_mask_order='padding_first', micro_batch=3,
+                                           objective=Objective(chunk_size=2))
     assert parts.loader.dataset.noise == dict(image_noise=16, text_noise=8) and not parts.loader.dataset.collate.trim
     assert (parts.skipped.most, parts.skipped.first) == (.3, 10)
 

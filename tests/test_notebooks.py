@@ -3,8 +3,11 @@
 `nbdev_test` reports success for a notebook of which it ran nothing. So each one is run by itself here, has to end
 with the line `Success.`, and is searched for the ways in which cells are left out without a word.
 """
-import os, re, shutil, subprocess, sys
+import multiprocessing, os, re, signal, sys
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from execnb.nbio import read_nb
@@ -31,16 +34,40 @@ def code_cells(name): return [c for c in read_nb(root/name).cells if c.cell_type
 def test_there_are_notebooks(): assert 'nbs/index.ipynb' in notebooks
 
 
-@every_notebook
-def test_runs(name):
-    command = shutil.which('nbdev_test', path=str(Path(sys.executable).parent)) or shutil.which('nbdev_test')
-    assert command, "nbdev_test is not installed: pip install -e '.[dev]'"
+@pytest.fixture(scope='session')
+def fresh_process():
+    """A source of fresh processes in which the slow libraries are imported already: that takes up to ten seconds, for each of
+    more than a hundred notebooks. What belongs to this project is not among them."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload('nbdev.test torch torchvision.transforms.v2 timm accelerate sklearn.linear_model '
+                                   'torchmetrics matplotlib.pyplot tokenizers'.split())
     # Notebooks run side by side: one thread each, or they take the processors from one another.
-    env = {**os.environ, 'OMP_WAIT_POLICY': 'passive', 'OMP_NUM_THREADS': '1'}
-    res = subprocess.run([command, '--path', name, '--n_workers', '0', '--do_print'], cwd=root, env=env, timeout=timeout,
-                         capture_output=True, text=True)
-    assert res.returncode == 0, f'{name} failed\n{res.stdout[-2000:]}\n{res.stderr[-8000:]}'
-    assert res.stdout.strip().split('\n')[-1] == 'Success.', f'{name}: nbdev_test ended without `Success.`\n{res.stdout[-2000:]}'
+    with mock.patch.dict(os.environ, OMP_WAIT_POLICY='passive', OMP_NUM_THREADS='1'): forkserver.ensure_running()
+    return context
+
+
+def run_notebook(name, output):
+    "`nbdev_test` for one notebook, in a process of its own; what it prints goes into a file."
+    from nbdev.test import nbdev_test
+    os.chdir(root)
+    os.setsid()    # its processes end with it
+    sys.argv = ['nbdev_test']
+    with open(output, 'w', buffering=1) as f, redirect_stdout(f), redirect_stderr(f):
+        nbdev_test(path=name, n_workers=0, do_print=True)
+
+
+@every_notebook
+def test_runs(name, fresh_process, tmp_path):
+    output = tmp_path/'output'
+    process = fresh_process.Process(target=run_notebook, args=(name, output))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f'{name} ran for more than {timeout} seconds')
+    text = output.read_text()
+    assert process.exitcode == 0, f'{name} failed\n{text[-10000:]}'
+    assert text.strip().split('\n')[-1] == 'Success.', f'{name}: nbdev_test ended without `Success.`\n{text[-2000:]}'
 
 
 @every_notebook
