@@ -21,7 +21,7 @@ from .distributed import gather_objects, processes
 from .evaluation.datasets import data_names, DataRequest, open_test_sets
 from .evaluation.registry import REGISTRY
 from .evaluation.report import finish_report, Report, run_task
-from .evaluation.tasks import Job, JobConfig, plan
+from .evaluation.tasks import Job, JobConfig, check_tower, plan
 from .files import absolute_path, local_names, new_run_folder, read_json, shown
 from .model import FLIP
 from .scale.config import data_text
@@ -228,6 +228,7 @@ def run_evaluation(
         if notes and report is None and state.is_main_process and not config.results.quiet:
             print(*notes, sep='\n')
         if report is None: report,work = start_report(config, state.is_main_process)
+        for data,tasks in todo: check_tower(run, flip, tasks)
         for data,tasks in todo:
             job = Job(model, flip, tokenizer, data, work)
             for task in tasks: run_task(task, job, report)

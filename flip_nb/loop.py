@@ -242,7 +242,8 @@ def broken_pairs(
 ) -> Tensor: # Which pairs have no finite embedding (B,), bool
     "Embed every pair by itself."
     finite = lambda z: z.isfinite().all(1)
-    return torch.cat([~(finite(flip.encode_image(to_float(x))) & finite(flip.encode_text(ids)))
+    texts = lambda ids: True if flip.text_encoder is None else finite(flip.encode_text(ids))
+    return torch.cat([~(finite(flip.encode_image(to_float(x))) & texts(ids))
                       for x,ids in zip(batch['images'].split(at_a_time),
                                        batch['ids'].split(at_a_time))])
 

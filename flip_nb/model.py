@@ -186,13 +186,20 @@ class FLIP(nn.Module, ModelHubMixin):
 
 # %% ../nbs/1_method/06_model.ipynb #b2c0de02
 @patch
+def project(self:FLIP,
+    pooled:Tensor, # Image features of the tower (B, D)
+) -> Tensor: # Unit-length embeddings (B, E)
+    "Into the shared space; without a text tower there is none, and features stay as they are."
+    return pooled if self.text_encoder is None else normalize(self.image_proj(pooled))
+
+@patch
 def encode_image(self:FLIP,
     images:Tensor, # Normalised images (B, 3, H, W)
     mask_ratio:float=0., # Fraction of patches to drop, in [0, 1); 0 encodes whole images
     noise:Tensor|None=None, # One number per patch (B, N), the smallest are kept; None draws it
 ) -> Tensor: # Unit-length embeddings (B, E)
     "Embed images."
-    return normalize(self.image_proj(self.image_encoder(images, mask_ratio, noise)))
+    return self.project(self.image_encoder(images, mask_ratio, noise))
 
 @patch
 def encode_text(self:FLIP,
@@ -222,7 +229,7 @@ def forward(self:FLIP,
     pooled,texts = self.image_encoder(images, mask_ratio, image_noise),None           # (B, D)
     if self.text_encoder is not None:
         texts = self.encode_text(ids, text_mask_ratio, text_mask_order, text_noise)
-    out = normalize(self.image_proj(pooled)), texts, clamped_exp(self.logit_scale)
+    out = self.project(pooled), texts, clamped_exp(self.logit_scale)
     if self.config.logit_bias: out += (self.logit_bias,)
     if self.config.heads: out += ({name: head(pooled) for name,head in self.heads.items()},)
     return out

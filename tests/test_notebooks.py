@@ -39,8 +39,7 @@ def fresh_process():
     """A source of fresh processes in which the slow libraries are imported already: that takes up to ten seconds, for each of
     more than a hundred notebooks. What belongs to this project is not among them."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload('nbdev.test torch torchvision.transforms.v2 timm accelerate sklearn.linear_model '
-                                   'torchmetrics matplotlib.pyplot tokenizers'.split())
+    context.set_forkserver_preload('nbdev.test torch torchvision.transforms.v2 timm accelerate matplotlib.pyplot tokenizers'.split())
     # Notebooks run side by side: one thread each, or they take the processors from one another.
     with mock.patch.dict(os.environ, OMP_WAIT_POLICY='passive', OMP_NUM_THREADS='1'): forkserver.ensure_running()
     return context

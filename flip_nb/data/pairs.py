@@ -152,16 +152,19 @@ class Collate:
     def __init__(self,
         tokenizer, # `CaptionTokenizer`
         trim:bool=True, # Cut the ids to the longest caption of the batch
+        # Function (captions) that returns the labels of each, (B, K) padded with -1
+        nouns=None,
     ):
-        self.tokenizer,self.trim = tokenizer,trim
+        self.tokenizer,self.trim,self.nouns = tokenizer,trim,nouns
 
     def __call__(self,
         items:list, # From the data set: (image, caption, rows skipped) each
-    ) -> dict: # 'images' (B, 3, H, W) uint8, 'ids' (B, L), 'broken' (rows skipped)
+    ) -> dict: # 'images' (B, 3, H, W) uint8, 'ids' (B, L), 'broken' (rows skipped); 'nouns'
         "Make a batch."
         images,captions,broken = zip(*items)
-        return dict(images=torch.stack(images), ids=self.tokenizer(list(captions), self.trim),
-                    broken=sum(broken, []))
+        batch = dict(images=torch.stack(images), ids=self.tokenizer(list(captions), self.trim),
+                     broken=sum(broken, []))
+        return batch | dict(nouns=self.nouns(list(captions))) if self.nouns else batch
 
 # %% ../../nbs/4_data/03_pairs.ipynb #f1833273
 def pair_seed(

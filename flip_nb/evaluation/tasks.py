@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'TASKS', 'QUICK', 'JobConfig', 'Job', 'remember', 'job_features', 'job_labels', 'job_classifier',
-           'sample_pictures', 'zero_shot_task', 'caption_gallery', 'caption_lists', 'first_images', 'retrieval_task',
-           'probe_rows', 'knn_task', 'every_fifth', 'linear_probe_task', 'robustness_task', 'masked_views_task',
-           'unfit', 'plan']
+           'sample_pictures', 'name_logits', 'zero_shot_task', 'caption_gallery', 'caption_lists', 'first_images',
+           'retrieval_task', 'probe_rows', 'knn_task', 'every_fifth', 'linear_probe_task', 'robustness_task',
+           'masked_views_task', 'unfit', 'check_tower', 'plan']
 
 # %% ../../nbs/5_evaluation/13_tasks.ipynb #160471f2
 from dataclasses import dataclass, field
@@ -28,8 +28,9 @@ from .probe import check_task, knn_predict, linear_probe
 from .prompts import text_classifier
 from .robustness import robustness_curve, severity_figure, ZeroShotTask
 from .views import masked_view_curve, views_figure
-from ..loss import clamped_exp, normalize
+from ..loss import clamped_exp
 from ..model import FLIP
+from ..objectives.family import name_scores
 from ..text import CaptionTokenizer
 from ..zero_shot import (
     check_finite_rows, encode_captions, encode_images, evaluating, similarity)
@@ -82,7 +83,7 @@ def job_features(
     def project():
         z,device = job_features(job, split, projected=False),next(flip.parameters()).device
         with evaluating(flip):
-            parts = [normalize(flip.image_proj(x.to(device))).cpu() for x in z.features.split(4096)]
+            parts = [flip.project(x.to(device)).cpu() for x in z.features.split(4096)]
         return z._replace(features=torch.cat(parts))
     found = remember(job, (split, projected), project if projected else extract)
     check_finite_rows(**{f'{split} images': found.features})
@@ -118,13 +119,24 @@ def sample_pictures(
     return remember(job, ('pictures', most), read)
 
 # %% ../../nbs/5_evaluation/13_tasks.ipynb #bcbb1178
+def name_logits(
+    job:Job, # A job on data with labels
+) -> Tensor: # One score per test image and class (N, C), on the CPU
+    "Similarity with the class names, or what a model without a text tower says about them."
+    features,flip = job_features(job).features,job.flip
+    if flip.text_encoder is None:
+        with torch.inference_mode():
+            device = next(flip.parameters()).device
+            return name_scores(flip, features.to(device), job.data.class_names).cpu()
+    check_finite_rows(classes=job_classifier(job))
+    return similarity(features, job_classifier(job).cpu())
+
 def zero_shot_task(
     job:Job, # A job on data with labels
 ) -> tuple[list[Score],dict]: # Scores, and figures by name
     "Classification by class names."
     labels,names = job_labels(job),job.data.class_names
-    check_finite_rows(classes=job_classifier(job))
-    scores,chance = similarity(job_features(job).features, job_classifier(job).cpu()),1/len(names)
+    scores,chance = name_logits(job),1/len(names)
     best = scores.topk(min(5, len(names)), dim=1).indices == labels[:, None]            # (N, 5)
     out = [Score('zero_shot', 'top_1', best[:, 0], chance)]
     if len(names) > 5: out.append(Score('zero_shot', 'top_5', best.any(1), 5*chance))
@@ -288,6 +300,18 @@ def unfit(
     if task in ('knn', 'linear_probe') and 'train' not in data.splits:
         return f"{task} needs training rows, but {data.name!r} has only {' and '.join(data.splits)}"
     return ''
+
+def check_tower(
+    model:str, # Name of the model
+    flip:FLIP, # The model
+    tasks:list[str], # What it is going to be asked
+):
+    "A model of labels alone cannot be asked about texts."
+    asked = [t for t in tasks if t in ('retrieval', 'robustness', 'masked_views')]
+    if flip.text_encoder is None and asked:
+        raise ValueError(f"{asked[0]} needs a text tower, but {model!r} learned "
+                         f"{'+'.join(flip.heads)} alone; choose --tasks zero_shot, knn or "
+                         "linear_probe, on data with labels")
 
 def plan(
     tasks:list[str]|None, # Tasks asked for; None: those of `QUICK` that fit

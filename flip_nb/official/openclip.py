@@ -38,12 +38,20 @@ class OpenCLIPModel(nn.Module):
         self.flip,self.output_dict,c = flip,output_dict,flip.config
         self.context_length,self.vocab_size = c.context_length,c.vocab_size
         self.visual = Visual((c.image_size, c.image_size))
+        if flip.text_encoder is None:
+            raise ValueError("open_clip compares images with texts, but this model learned "
+                             f"{'+'.join(flip.heads)} alone and has no text tower")
         self.train(flip.training)
 
     @property
     def logit_scale(self) -> Tensor: # Scalar in [0, ln 100], with gradient
         "Log of the scale that the model uses; the parameter itself is `flip.logit_scale`."
         return self.flip.logit_scale.clamp(0, MAX_LOGIT_SCALE).squeeze()
+
+    @property
+    def logit_bias(self) -> Tensor|None: # Scalar; None where the loss has no bias
+        "Bias of all logits, for the sigmoid loss."
+        return self.flip.logit_bias.squeeze() if self.flip.config.logit_bias else None
 
     def encode_image(self,
         image:Tensor, # Normalised images (B, 3, H, W)
@@ -74,6 +82,7 @@ def forward(self:OpenCLIPModel,
     out = dict(image_features=None if image is None else self.encode_image(image, True, mask_ratio),
                text_features=None if text is None else self.encode_text(text, True),
                logit_scale=self.logit_scale.exp())
+    if self.logit_bias is not None: out['logit_bias'] = self.logit_bias
     return out if self.output_dict else tuple(out.values())
 
 # %% ../../nbs/6_official/05_openclip.ipynb #a4e72b12

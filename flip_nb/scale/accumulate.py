@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['split_batch', 'random_devices', 'generator_states', 'set_generator_states', 'cached_features', 'cached_backward',
-           'checkpoint_blocks', 'compile_towers']
+           'summed_backward', 'checkpoint_blocks', 'compile_towers']
 
 # %% ../../nbs/7_scale/02_accumulate.ipynb #955c0b07
 from contextlib import nullcontext
@@ -62,10 +62,10 @@ def set_generator_states(
 
 # %% ../../nbs/7_scale/02_accumulate.ipynb #ad1d9ab9
 def cached_features(
-    model, # Module or function that returns (image_features, text_features, scale)
+    model, # Module or function that returns (image_features, text_features, scale, ...)
     micro_batches:list[dict], # Its arguments, part by part
     devices:set[torch.device], # Devices besides the CPU that it may draw random numbers on
-) -> tuple[list,list]: # Leaves (image features (B, E), text features (B, E), scale), random states
+) -> tuple[list,list]: # Leaves: features (B, E) of images and texts, scale, ...; random states
     "Encode everything without gradient."
     parts,states = [],[]
     with torch.no_grad():
@@ -73,38 +73,59 @@ def cached_features(
             states.append(generator_states(devices))
             parts.append(model(**kwargs))
     torch.clear_autocast_cache()            # older PyTorch would reuse casts that have no gradient
-    images,texts,scales = zip(*parts)
+    images,texts,*scalars = zip(*parts)
     features = float_pair(torch.cat(images), torch.cat(texts))
-    return [x.detach().requires_grad_() for x in (*features, scales[0])], states
+    return [x.detach().requires_grad_() for x in (*features, *(s[0] for s in scalars))], states
 
 # %% ../../nbs/7_scale/02_accumulate.ipynb #794f3588
 def cached_backward(
-    model, # Module, also a wrapped one, or function: (image_features, text_features, scale)
+    model, # Module, also a wrapped one, or function: (image_features, text_features, scale, ...)
     micro_batches:list[dict], # Its arguments, part by part, such as `split_batch` makes them
-    loss, # Function (image_features, text_features, scale) -> scalar, without own parameters
+    loss, # Function (image_features, text_features, scale, ...) -> scalar, without own parameters
     backward=Tensor.backward, # Function (scalar) that backpropagates, as `accelerator.backward`
     no_sync=nullcontext, # Function that makes a context in which gradients are not reduced
+    own:bool=False, # Whether the last value of `model` is a loss of that part alone, to be added
 ) -> Tensor: # The loss of all micro-batches together, detached
     "Add the gradient of one loss over all micro-batches, with the activations of one at a time."
     if not micro_batches: raise ValueError("there are no micro-batches")
+    encode = (lambda **kwargs: model(**kwargs)[:-1]) if own else model
     if len(micro_batches) == 1:
-        value = loss(*model(**micro_batches[0]))
+        *features,extra = out = model(**micro_batches[0])
+        value = loss(*features) + extra if own else loss(*out)
         backward(value)
         return value.detach()
     devices = random_devices(model, micro_batches[0])
-    leaves,states = cached_features(model, micro_batches, devices)
+    leaves,states = cached_features(encode, micro_batches, devices)
     value = loss(*leaves)
-    *grads,scale_grad = torch.autograd.grad(value, leaves, materialize_grads=True)
+    gi,gt,*gs = torch.autograd.grad(value, leaves, materialize_grads=True)
     after,start,last = generator_states(devices),0,len(micro_batches) - 1
     for k,(kwargs,state) in enumerate(zip(micro_batches, states)):
         with no_sync() if k < last else nullcontext():
             set_generator_states(state)
-            v,t,scale = model(**kwargs)
-            gv,gt = (g[start:start+len(v)] for g in grads)
-            backward((v*gv).sum() + (t*gt).sum() + (scale*scale_grad*(k == last)).sum())
+            v,t,*scalars = model(**kwargs)
+            extra = scalars.pop() if own else 0.
+            here = slice(start, start + len(v))
+            part = (v*gi[here]).sum() + (t*gt[here]).sum() + extra
+            backward(part + sum((s*g*(k == last)).sum() for s,g in zip(scalars, gs)))
+            if own: value = value + extra.detach()
         start += len(v)
     set_generator_states(after)
     return value.detach()
+
+def summed_backward(
+    model, # Function that returns the loss of a part, as its share of the whole
+    micro_batches:list[dict], # Its arguments, part by part
+    backward=Tensor.backward, # Function (scalar) that backpropagates, as `accelerator.backward`
+    no_sync=nullcontext, # Function that makes a context in which gradients are not reduced
+) -> Tensor: # The sum over the parts, detached
+    "Add the gradient of a loss that is a sum over the parts: each is encoded once."
+    total,last = 0.,len(micro_batches) - 1
+    for k,kwargs in enumerate(micro_batches):
+        with no_sync() if k < last else nullcontext():
+            value = model(**kwargs)
+            backward(value)
+        total = total + value.detach()
+    return total
 
 # %% ../../nbs/7_scale/02_accumulate.ipynb #0d477989
 def checkpoint_blocks(
@@ -131,5 +152,6 @@ def compile_towers(
     backend:str='inductor', # Compiler backend; 'eager' and 'aot_eager' only trace
 ) -> nn.Module: # The same
     "Compile both encoders in place; the first call with new sizes or another mask ratio is slow."
-    for tower in (model.image_encoder, model.text_encoder): tower.compile(backend=backend)
+    for tower in filter(None, (model.image_encoder, model.text_encoder)):
+        tower.compile(backend=backend)
     return model

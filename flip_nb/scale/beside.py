@@ -102,7 +102,7 @@ def mean_score(
 ) -> float: # In [0, 1]; 0 where nothing was evaluated
     "One number to choose the best checkpoint by."
     if results['zero_shot'] is not None: return results['zero_shot']
-    if results['retrieval'] is None: return 0.
+    if results['retrieval'] is None: return results.get('nouns', {}).get('mAP', 0.)
     return sum(scores['R@1'] for scores in results['retrieval'].values())/2
 
 # %% ../../nbs/7_scale/04e_beside.ipynb #31e0d653

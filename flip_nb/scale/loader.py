@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunData', 'scene_captions', 'open_named', 'Triples', 'no_scores', 'open_object', 'open_train_data', 'noise_sizes',
            'make_loader', 'make_stream', 'data_waiting', 'count_rows', 'deliver', 'new_model', 'load_model',
-           'open_model_and_data']
+           'with_objective', 'make_collate', 'open_model_and_data']
 
 # %% ../../nbs/7_scale/04c_loader.ipynb #e767d1ac
 import _thread
@@ -33,6 +33,8 @@ from ..data.records import Source
 from ..data.sources import (
     count_pairs, describe_stream, open_stream, stream_corpus, stream_sample)
 from ..model import FLIP, preset_config
+from ..objectives.family import LABELS, fit_model, split_objective
+from ..objectives.vocabulary import NounVocabulary
 from ..official.recipe import load_tokenizer
 from .checkpoint import StopRequest
 from .config import DataConfig, ModelConfig, TrainConfig
@@ -284,7 +286,8 @@ def load_model(
             f"{flip.config.vocab_size} token vectors: they are not of one run")
     wanted = preset_config(preset) if preset else flip.config
     # rows are the vocabulary's
-    for name in (f.name for f in fields(wanted) if f.name != 'vocab_size'):
+    others = 'vocab_size', 'text_tower', 'logit_bias', 'heads'      # of the data and the objective
+    for name in (f.name for f in fields(wanted) if f.name not in others):
         has,asked = getattr(flip.config, name),getattr(wanted, name)
         if has != asked:
             raise ValueError(f"the model in {str(init)!r} has {name} {has!r}, but preset "
@@ -294,6 +297,31 @@ def load_model(
     return flip
 
 # %% ../../nbs/7_scale/04c_loader.ipynb #49495622
+def with_objective(
+    flip:FLIP, # A model with its tokenizer
+    config:TrainConfig, # Options
+    captions, # Function () that returns captions; called only where they are needed
+    say:bool=False, # Print what became of the captions
+) -> FLIP: # The same, or one with the parts that the objective needs
+    "Heads and labels, where the objective asks for them."
+    o,vocabulary = config.objectives,None
+    names = split_objective(o.objective)
+    new = [name for name in names if name in LABELS and name not in flip.heads]
+    captions = captions() if new else None
+    if o.nouns: vocabulary = NounVocabulary.load(o.nouns)
+    elif 'nouns' in new:
+        vocabulary = NounVocabulary.count(captions, o.min_count, progress=say)
+        if say: print(vocabulary.report())
+    return fit_model(flip, o.objective, vocabulary, captions)
+
+def make_collate(
+    flip:FLIP, # The model, with its tokenizer and its labels
+    text_mask_ratio:float=0., # Fraction of text tokens to drop
+) -> Collate: # Makes batches with all that the objective needs
+    "Ids, and the numbers of nouns where the model learns them."
+    nouns = NounVocabulary(flip.labels['nouns']).encode if 'nouns' in flip.heads else None
+    return Collate(flip.tokenizer, flip.config.padding_mask and not text_mask_ratio, nouns)
+
 def open_model_and_data(
     accelerator:Accelerator, # Where to run
     config:TrainConfig, # Options
@@ -312,6 +340,8 @@ def open_model_and_data(
     image_size = (model.config if model is not None else preset_config(m.preset)).image_size
     with accelerator.main_process_first(): data = open_train_data(config, image_size, dataset)
     if model is None: model = new_model(m, data.captions)
+    say = accelerator.is_main_process and not config.log.quiet
+    if not checkpoint: model = with_objective(model, config, data.captions, say)
     if data.sample and not checkpoint and accelerator.is_main_process and not config.log.quiet:
         report = caption_report(data.sample(), model.tokenizer, config.optim.batch_size)
         for line in report: print(line)

@@ -25,7 +25,8 @@ def describe_run(
              for s in stages_of(config)]
     many = f"{processes} process{'es' if processes > 1 else ''}"
     return (f"{config.model.preset or shown(config.model.init)} on {Path(config.data.data).name}, "
-            f"{config.optim.batch_size:,} pairs per step on {many}: " + '; then '.join(parts))
+            f"{config.objectives.objective}, {config.optim.batch_size:,} pairs per step on {many}: "
+            + '; then '.join(parts))
 
 # %% ../../nbs/7_scale/04f_results.ipynb #9c4e6074
 def plot_run(
@@ -34,6 +35,7 @@ def plot_run(
     "Loss and temperature over the steps of a run."
     from math import log
     from matplotlib.figure import Figure                        # not pyplot: nothing is left open
+    objective = 'infonce'
     lines,fig,done = read_lines(Path(folder)/'metrics.jsonl'),Figure(figsize=(7, 2.6),
         layout='constrained'),0
     axs = fig.subplots(1, 2)
@@ -46,9 +48,11 @@ def plot_run(
         done = x[-1]
     config = Path(folder)/'train_config.json'
     if config.exists():
-        axs[0].axhline(log(read_json(config)['batch_size']), color='grey', lw=.8,
-                       ls=':')
-    axs[0].set(xlabel='step', ylabel='InfoNCE loss')
+        known = read_json(config)
+        objective = known.get('objective', objective)
+        if objective == 'infonce':
+            axs[0].axhline(log(known['batch_size']), color='grey', lw=.8, ls=':')
+    axs[0].set(xlabel='step', ylabel=f"loss ({objective.replace('infonce', 'InfoNCE')})")
     axs[1].set(xlabel='step', ylabel='temperature', ylim=(0, None))
     axs[0].legend(frameon=False)
     return fig
@@ -94,7 +98,8 @@ def report_results(
     scores,skipped = [f['results'] for f in run.progress.finished],results['skipped_by_kind']
     names = ['before tuning', 'after unmasked tuning'] if len(scores) > 1 else ['']
     for name,s in zip(names, (scores[0], scores[-1])):
-        if s['retrieval'] is not None: print(*filter(None, (name, results_table(s))), sep='\n')
+        lines = results_table(s)
+        if lines: print(*filter(None, (name, lines)), sep='\n')
     if skipped:
         kinds = ', '.join(f'{n} x {kind}' for kind,n in skipped.items())
         print(f"{sum(skipped.values())} rows could not be used and were skipped ({kinds}); "

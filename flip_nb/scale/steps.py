@@ -21,7 +21,8 @@ from .clock import alternate, machine, matmul, peak_memory, product_flops
 from .config import TrainConfig
 from .options import check, option
 from .setup import make_accelerator, prepare_model
-from .trainer import contrastive_backward, make_fast
+from .objective import objective_backward
+from .trainer import make_fast
 
 # %% ../../nbs/7_scale/09_steps.ipynb #484d14dd
 def our_step(
@@ -37,7 +38,7 @@ def our_step(
     stages = {r: Stage('bench', 10**9, r, 1e-5, 0) for r in mask_ratios}
     optimizer,_ = make_optimizer(accelerator, model, stages[mask_ratios[0]], weight_decay)
     def step(stage):
-        contrastive_backward(accelerator, model, batch, stage)
+        objective_backward(accelerator, model, batch, stage)
         guarded_step(accelerator, optimizer, parts)
     return {r: partial(step, stage) for r,stage in stages.items()}
 
