@@ -24,7 +24,7 @@ setup(
     project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl'] + '/'},
     keywords=cfg['keywords'].split(),
     license_expression=licenses[cfg['license']],
-    license_files=['LICENSE'],
+    license_files=['LICENSE', f"{cfg['lib_path']}/objectives/wordnet_data/LICENSE"],
     classifiers=[
         f"Development Status :: {statuses[cfg['status']]}",
         f"Intended Audience :: {cfg['audience']}",
@@ -32,8 +32,9 @@ setup(
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
         *(f'Programming Language :: Python :: {v}' for v in pythons)],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
+    package_data={f"{cfg['lib_path']}.objectives": ['wordnet_data/*']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'eval', 'official')},
+    extras_require={k.removesuffix('_requirements'): v.split() for k,v in cfg.items() if k.endswith('_requirements')},
     entry_points={'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"], 'console_scripts': cfg['console_scripts'].split()},
 )
