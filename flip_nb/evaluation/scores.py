@@ -17,8 +17,7 @@ from ..distributed import in_turns
 from .answers import (
     answer_chance, answer_recall, image_prints, match_answers, shared_line)
 from ..model import FLIP, to_float
-from ..objectives.family import name_scores
-from ..objectives.vocabulary import NounVocabulary
+from ..objectives.family import name_scores, noun_encoder
 from ..scenes import CLASSES, Scenes
 from ..text import CaptionTokenizer
 from ..zero_shot import (
@@ -42,7 +41,7 @@ def average_precision(
     target:Tensor, # Whether the label holds (N, C), bool; each holds once at least
 ) -> Tensor: # Mean of the precision at each right row (C,), in [0, 1]
     "How far right rows stand in front, for every label."
-    hit = target.gather(0, scores.argsort(0, descending=True, stable=True)).double()
+    hit = target.gather(0, scores.argsort(dim=0, descending=True, stable=True)).double()
     place = torch.arange(1, len(hit) + 1, device=hit.device)[:, None]
     return (hit.cumsum(0)/place*hit).sum(0)/hit.sum(0)
 
@@ -53,7 +52,7 @@ def noun_precision(
 ) -> dict: # 'nouns': 'mAP', 'chance' and the number of 'labels'; empty without nouns
     "Mean average precision over the nouns that some caption has."
     if 'nouns' not in model.heads: return {}
-    encode = NounVocabulary(model.labels['nouns']).encode
+    encode = noun_encoder(model.labels['nouns'])
     target = torch.zeros(len(features), len(model.labels['nouns']), dtype=torch.bool)
     for row,captions in zip(target, texts):
         found = encode(captions)

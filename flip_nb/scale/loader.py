@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunData', 'scene_captions', 'open_named', 'Triples', 'no_scores', 'open_object', 'open_train_data', 'noise_sizes',
            'make_loader', 'make_stream', 'data_waiting', 'count_rows', 'deliver', 'new_model', 'load_model',
-           'with_objective', 'make_collate', 'open_model_and_data']
+           'with_objective', 'open_model_and_data']
 
 # %% ../../nbs/7_scale/04c_loader.ipynb #e767d1ac
 import _thread
@@ -34,7 +34,7 @@ from ..data.sources import (
     count_pairs, describe_stream, open_stream, stream_corpus, stream_sample)
 from ..model import FLIP, preset_config
 from ..objectives.family import LABELS, fit_model, split_objective
-from ..objectives.vocabulary import NounVocabulary
+from ..objectives.vocabulary import NounVocabulary, count_nouns
 from ..official.recipe import load_tokenizer
 from .checkpoint import StopRequest
 from .config import DataConfig, ModelConfig, TrainConfig
@@ -310,17 +310,12 @@ def with_objective(
     captions = captions() if new else None
     if o.nouns: vocabulary = NounVocabulary.load(o.nouns)
     elif 'nouns' in new:
-        vocabulary = NounVocabulary.count(captions, o.min_count, progress=say)
-        if say: print(vocabulary.report())
+        vocabulary = count_nouns(captions, say).cut(o.min_count)
+        if say:
+            print(f"{len(vocabulary):,} nouns as labels, each in {o.min_count} captions at least; "
+                  f"{vocabulary.labelled:.1%} of the captions have one, "
+                  f"{vocabulary.labels_per_caption:.1f} each")
     return fit_model(flip, o.objective, vocabulary, captions)
-
-def make_collate(
-    flip:FLIP, # The model, with its tokenizer and its labels
-    text_mask_ratio:float=0., # Fraction of text tokens to drop
-) -> Collate: # Makes batches with all that the objective needs
-    "Ids, and the numbers of nouns where the model learns them."
-    nouns = NounVocabulary(flip.labels['nouns']).encode if 'nouns' in flip.heads else None
-    return Collate(flip.tokenizer, flip.config.padding_mask and not text_mask_ratio, nouns)
 
 def open_model_and_data(
     accelerator:Accelerator, # Where to run

@@ -22,20 +22,20 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn, Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from ..data.pairs import SkippedRows
+from ..data.pairs import Collate, SkippedRows
 from ..files import lock_folder, log_files, new_run_folder, write_json
 from ..loop import (
     Stage, Step, TrainingDiverged, full, towers, training_steps)
 from ..loss import clamped_exp
 from ..model import FLIP
-from ..objectives.family import objective_of, split_objective
+from ..objectives.family import noun_encoder, objective_of, split_objective
 from .accumulate import checkpoint_blocks, compile_towers
 from .beside import Evaluations
 from .checkpoint import StopRequest, agree
 from .config import TrainConfig, changed, fill_in_steps, remember_data, stages_of
-from .loader import (
-    RunData, count_rows, data_waiting, deliver, make_collate, make_loader, make_stream,
-    noise_sizes, open_model_and_data)
+from flip_nb.scale.loader import (
+    RunData, count_rows, data_waiting, deliver, make_loader, make_stream, noise_sizes,
+    open_model_and_data)
 from .objective import objective_backward
 from .options import flatten
 from .results import describe_run, finish_run
@@ -108,7 +108,9 @@ def open_loader(
 ) -> DataLoader: # Batches of this process, from the next step on
     "The batches that are still to come."
     flip,text = run.model,config.masking.text_mask_ratio
-    collate,noise = make_collate(flip, text),noise_sizes(flip, text)
+    nouns = noun_encoder(flip.labels['nouns']) if 'nouns' in flip.heads else None
+    collate = Collate(flip.tokenizer, flip.config.padding_mask and not text, nouns)
+    noise = noise_sizes(flip, text)
     if not config.data.stream:
         steps = range(run.progress.done, sum(s.steps for s in stages_of(config)))
         return make_loader(run.accelerator, data.train, collate, config.optim.batch_size,
