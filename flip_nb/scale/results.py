@@ -32,19 +32,20 @@ def describe_run(
 def plot_run(
     folder:str|Path, # Run folder
 ): # Matplotlib figure
-    "Loss and temperature over the steps of a run."
+    "Loss and, where there is one, temperature over the steps of a run."
     from math import log
     from matplotlib.figure import Figure                        # not pyplot: nothing is left open
     objective = 'infonce'
     lines,fig,done = read_lines(Path(folder)/'metrics.jsonl'),Figure(figsize=(7, 2.6),
         layout='constrained'),0
-    axs = fig.subplots(1, 2)
+    scaled = all(line['logit_scale'] for line in lines)
+    axs = fig.subplots(1, 1 + scaled, squeeze=False)[0]
     for k,name in enumerate(dict.fromkeys(line['stage'] for line in lines)):
         part = [line for line in lines if line['stage'] == name]
         x,style = [done + line['step'] for line in part],dict(color=f'C{k}', ls=('-', '--')[k % 2],
             label=name, marker='o' if len(part) == 1 else None)
         axs[0].plot(x, [line['loss'] for line in part], **style)
-        axs[1].plot(x, [1/line['logit_scale'] for line in part], **style)
+        if scaled: axs[1].plot(x, [1/line['logit_scale'] for line in part], **style)
         done = x[-1]
     config = Path(folder)/'train_config.json'
     if config.exists():
@@ -53,7 +54,7 @@ def plot_run(
         if objective == 'infonce':
             axs[0].axhline(log(known['batch_size']), color='grey', lw=.8, ls=':')
     axs[0].set(xlabel='step', ylabel=f"loss ({objective.replace('infonce', 'InfoNCE')})")
-    axs[1].set(xlabel='step', ylabel='temperature', ylim=(0, None))
+    if scaled: axs[1].set(xlabel='step', ylabel='temperature', ylim=(0, None))
     axs[0].legend(frameon=False)
     return fig
 

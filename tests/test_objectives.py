@@ -1,0 +1,117 @@
+"Objectives through the trainer: resumed, in pieces, streamed, read back, and refused in one sentence."
+import json, shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flip_nb.evaluate import evaluate
+from flip_nb.model import FLIP
+from flip_nb.objectives.family import Objective, fit_model, split_objective
+from flip_nb.objectives.vocabulary import count_nouns
+from flip_nb.official.openclip import OpenCLIPModel
+from flip_nb.scale.checkpoint import checkpoints
+from flip_nb.train import train
+from small import make_pairs, tiny_flip
+
+TEXTS = ['a red dog', 'a blue bird on a tree', 'two dogs', 'a tree and a house', 'very red']
+KINDS = 'sigmoid', 'words', 'nouns', 'infonce+words+nouns'
+QUIET = dict(steps=6, tune_steps=2, batch_size=4, log_every=2, save_every=2, keep=9, track='none', quiet=True, mixed_precision='no',
+             workers=0, threads=1, seed=5)
+
+
+def data(n=12):
+    texts = [TEXTS[i % len(TEXTS)] for i in range(n)]
+    return dict(train=make_pairs(captions=texts), test=make_pairs(captions=texts[:6], seed=2))
+
+
+def run(kind, folder, **changes):
+    nouns = dict(min_count=1) if 'nouns' in kind else {}
+    return train(dataset=data(), model=tiny_flip(), objective=kind, out=str(folder), **QUIET | nouns | changes)
+
+
+@pytest.fixture(scope='module', params=KINDS)
+def done(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('objective')/'run'
+    return request.param, folder, run(request.param, folder)
+
+
+def losses(folder): return [json.loads(line)['loss'] for line in (folder/'metrics.jsonl').read_text().splitlines()]
+
+
+def weights(folder): return load_file(folder/'model.safetensors')
+
+
+def test_a_run_resumes_bit_for_bit(done, tmp_path):
+    kind,folder,_ = done
+    half = tmp_path/'run'
+    shutil.copytree(folder, half)
+    (half/'results.json').unlink()
+    for path in checkpoints(half):
+        if int(path.name[5:]) > 4: shutil.rmtree(path)
+    train(dataset=data(), resume=str(half), quiet=True)
+    first,second = weights(folder), weights(half)
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first), kind
+    assert FLIP.from_pretrained(half).labels == FLIP.from_pretrained(folder).labels
+
+
+def test_pieces_change_nothing(done, tmp_path):
+    kind,folder,_ = done
+    run(kind, tmp_path/'run', micro_batch=3, loss_chunk=2)
+    first,second = losses(folder), losses(tmp_path/'run')    # weights of near-zero gradient differ: AdamW divides by their size
+    assert second == pytest.approx(first, rel=1e-3) and second[0] == pytest.approx(first[0], rel=1e-5)
+
+
+def test_every_part_is_trained_and_saved(done):
+    kind,folder,results = done
+    flip,start = FLIP.from_pretrained(folder), fit_model(
+        tiny_flip(), kind, count_nouns([p for p in TEXTS]*3, progress=False), TEXTS)
+    names = split_objective(kind)
+    assert set(flip.heads) == set(Objective(names).labels) and flip.config.logit_bias == ('sigmoid' in names)
+    assert (flip.text_encoder is not None) == Objective(names).compares == (results['retrieval'] is not None)
+    assert {n.split('.')[0] for n,_ in flip.named_parameters()} == {n.split('.')[0] for n,_ in start.named_parameters()}
+    lines = [json.loads(line) for line in (folder/'metrics.jsonl').read_text().splitlines()]
+    assert all((line['logit_scale'] is None) == (flip.text_encoder is None) for line in lines)
+    if kind == 'nouns': assert results['nouns']['labels'] == len(flip.labels['nouns']) and 0 < results['nouns']['mAP'] <= 1
+
+
+def test_what_a_model_of_labels_cannot_do_is_said(done, tmp_path):
+    kind,folder,_ = done
+    flip = FLIP.from_pretrained(folder)
+    if flip.text_encoder is not None:
+        model = OpenCLIPModel(flip, output_dict=True)
+        out = model(torch.zeros(1, 3, 16, 16), torch.zeros(1, 8, dtype=torch.long))
+        assert ('logit_bias' in out) == (kind == 'sigmoid')
+        return
+    with pytest.raises(ValueError, match='no text tower'): flip.encode_text(torch.zeros(1, 8, dtype=torch.long))
+    with pytest.raises(ValueError, match='has no text tower'): OpenCLIPModel(flip)
+    with pytest.raises(ValueError, match='robustness needs a text tower, but .* learned .* alone; choose --tasks zero_shot'):
+        evaluate(str(folder), data='scenes', tasks='robustness', limit=8, out=str(tmp_path/'scores'), quiet=True)
+
+
+@pytest.mark.parametrize('options,message', [
+    (dict(objective='noun'), "--objective noun: there is no objective 'noun'. Did you mean 'nouns'"),
+    (dict(objective='infonce+sigmoid'), 'choose one of them'),
+    (dict(objective='words', min_count=3), '--min_count 3 is for the objective nouns: give --objective nouns or words[+]nouns'),
+    (dict(nouns='x.parquet'), '--nouns .*x.parquet is for the objective nouns'),
+    (dict(objective='nouns', nouns='x.parquet', min_count=2), 'leave it away, or --nouns'),
+    (dict(objective='nouns', text_mask_ratio=.5), '--text_mask_ratio 0.5 masks the input of the text tower'),
+    (dict(objective='nouns', nouns='missing.parquet'), "no file .*missing.parquet"),
+    (dict(objective='nouns', min_count=1000), 'Choose a smaller --min_count')])
+def test_options_that_do_not_go_together(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message.replace('--', '-?-?')):
+        train(dataset=data(), model=tiny_flip(), out=str(tmp_path/'run'), **QUIET | options)
+
+
+def test_captions_without_a_noun_are_refused(tmp_path):
+    texts = dict(train=make_pairs(captions=['very red']*8), test=make_pairs(captions=['so blue']*4))
+    with pytest.raises(ValueError, match='none of the 8 captions has a noun'):
+        train(dataset=texts, model=tiny_flip(), objective='nouns', out=str(tmp_path/'run'), **QUIET)
+
+
+def test_a_vocabulary_of_another_run_is_refused(tmp_path):
+    run('nouns', tmp_path/'first')
+    count_nouns(['a cat', 'a cow'], progress=False).save(tmp_path/'other.parquet')
+    with pytest.raises(ValueError, match='nouns of another vocabulary .*leave --nouns away'):
+        train(dataset=data(), model=FLIP.from_pretrained(tmp_path/'first'), objective='nouns', nouns=str(tmp_path/'other.parquet'),
+              out=str(tmp_path/'second'), **QUIET)
