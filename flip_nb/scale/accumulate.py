@@ -8,11 +8,10 @@ __all__ = ['split_batch', 'random_devices', 'generator_states', 'set_generator_s
 
 # %% ../../nbs/7_scale/02_accumulate.ipynb #955c0b07
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, reduce
 import torch
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
-from ..loss import float_pair
 from ..transformer import Block
 
 # %% ../../nbs/7_scale/02_accumulate.ipynb #1f91f43b
@@ -62,10 +61,10 @@ def set_generator_states(
 
 # %% ../../nbs/7_scale/02_accumulate.ipynb #ad1d9ab9
 def cached_features(
-    model, # Module or function that returns (image_features, text_features, scale, ...)
+    model, # Module or function that returns features (m, E) of a part, and numbers
     micro_batches:list[dict], # Its arguments, part by part
     devices:set[torch.device], # Devices besides the CPU that it may draw random numbers on
-) -> tuple[list,list]: # Leaves: features (B, E) of images and texts, scale, ...; random states
+) -> tuple[list,list]: # Leaves: features of all (B, E), and the numbers; random states
     "Encode everything without gradient."
     parts,states = [],[]
     with torch.no_grad():
@@ -73,18 +72,19 @@ def cached_features(
             states.append(generator_states(devices))
             parts.append(model(**kwargs))
     torch.clear_autocast_cache()            # older PyTorch would reuse casts that have no gradient
-    images,texts,*scalars = zip(*parts)
-    features = float_pair(torch.cat(images), torch.cat(texts))
-    return [x.detach().requires_grad_() for x in (*features, *(s[0] for s in scalars))], states
+    out = [torch.cat(xs) if xs[0].ndim == 2 else xs[0] for xs in zip(*parts)]
+    dtype = reduce(torch.promote_types, (x.dtype for x in out if x.ndim == 2), torch.float32)
+    out = [x.to(dtype) if x.ndim == 2 else x for x in out]
+    return [x.detach().requires_grad_() for x in out], states
 
 # %% ../../nbs/7_scale/02_accumulate.ipynb #794f3588
 def cached_backward(
-    model, # Module, also a wrapped one, or function: (image_features, text_features, scale, ...)
+    model, # Module, also a wrapped one, or function: features (m, E) of a part, and numbers
     micro_batches:list[dict], # Its arguments, part by part, such as `split_batch` makes them
-    loss, # Function (image_features, text_features, scale, ...) -> scalar, without own parameters
+    loss, # Function (what the model returns, of the whole batch) -> scalar, without own weights
     backward=Tensor.backward, # Function (scalar) that backpropagates, as `accelerator.backward`
     no_sync=nullcontext, # Function that makes a context in which gradients are not reduced
-    own:bool=False, # Whether the last value of `model` is a loss of that part alone, to be added
+    own:bool=False, # Whether the last thing returned is a loss of the part alone, to be added
 ) -> Tensor: # The loss of all micro-batches together, detached
     "Add the gradient of one loss over all micro-batches, with the activations of one at a time."
     if not micro_batches: raise ValueError("there are no micro-batches")
@@ -97,20 +97,21 @@ def cached_backward(
     devices = random_devices(model, micro_batches[0])
     leaves,states = cached_features(encode, micro_batches, devices)
     value = loss(*leaves)
-    gi,gt,*gs = torch.autograd.grad(value, leaves, materialize_grads=True)
+    grads = torch.autograd.grad(value, leaves, materialize_grads=True)
     after,start,last = generator_states(devices),0,len(micro_batches) - 1
     for k,(kwargs,state) in enumerate(zip(micro_batches, states)):
         with no_sync() if k < last else nullcontext():
             set_generator_states(state)
-            v,t,*scalars = model(**kwargs)
-            extra = scalars.pop() if own else 0.
-            here = slice(start, start + len(v))
-            part = (v*gi[here]).sum() + (t*gt[here]).sum() + extra
-            backward(part + sum((s*g*(k == last)).sum() for s,g in zip(scalars, gs)))
-            if own: value = value + extra.detach()
-        start += len(v)
+            out = model(**kwargs)
+            *out,extra = out if own else (*out, torch.zeros(()))
+            rows = next(len(x) for x in out if x.ndim == 2)
+            due = (g[start:start+rows] if x.ndim == 2 else g*(k == last)
+                   for x,g in zip(out, grads))
+            backward(sum((x*g).sum() for x,g in zip(out, due)) + extra.to(value.device))
+            value = value.detach() + extra.detach().to(value.device)
+        start += rows
     set_generator_states(after)
-    return value.detach()
+    return value
 
 def summed_backward(
     model, # Function that returns the loss of a part, as its share of the whole
