@@ -12,6 +12,7 @@ import glob, os
 from collections import Counter
 import torch
 from .. import __version__
+from ..core import hub_once
 from .captions import BadRecord, CAPTION_NAMES
 from .decode import as_stored, eval_transform, IMAGE_NAMES, train_transform
 from .layout import find_layout, HUB, is_hub_name, Layout, SPLITS
@@ -114,9 +115,10 @@ def tar_rows(
     if apart and (why := next((w for s in shards if (w := order_fault(s))), '')):
         raise ValueError(why)
     lost = [key for fault,key in zip(faults, keys) if fault == 'shard']
+    torn = len(lost)
     lost += count_faults(Counter(f for f in faults if f not in ('', 'shard')), broken)
     if not good and not lost: raise ValueError('it has no rows')
-    if not good: raise ValueError(f'no record can be used; {lost[0]}')
+    if not good: raise ValueError(lost[0] if torn else f'no record can be used; {lost[0]}')
     notes += lost
     rows = rows.select(good).remove_columns(['fault', 'key'])
     if label:
@@ -234,7 +236,8 @@ def load_rows(
     columns = image_column,caption_column
     layout = None if is_hub_name(data) else find_layout(data)
     try:
-        if layout is None: loaded = datasets.load_dataset(path=data.removeprefix(HUB))
+        if layout is None:
+            with hub_once(): loaded = datasets.load_dataset(path=data.removeprefix(HUB))
         elif layout.kind != 'images': loaded = read_layout(layout, columns, notes)
     except Exception as e:                                          # of `datasets`, of any kind
         if layout is None: what = 'is no local path, and could not be loaded from the hub'
