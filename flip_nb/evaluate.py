@@ -20,7 +20,7 @@ from .core import find_file
 from .distributed import gather_objects, processes
 from .evaluation.datasets import data_names, DataRequest, open_test_sets
 from .evaluation.registry import REGISTRY
-from .evaluation.report import finish_report, Report, run_task
+from .evaluation.report import finish_report, Report, run_task, stopped
 from .evaluation.tasks import Job, JobConfig, plan
 from .files import absolute_path, local_names, new_run_folder, read_json, shown
 from .model import FLIP
@@ -218,20 +218,22 @@ def run_evaluation(
     for run in runs: check_run(run)
     state = PartialState(cpu=not torch.cuda.is_available())
     settle(state, config.embedding.threads)
-    for run,model in zip(runs, models):
-        flip,tokenizer = open_model(run, state.device)
-        found,notes = [],[]
-        for data,name in zip(q.data, sets):
-            found += open_test_sets(data, flip.config.image_size, data_request(config, data), name,
-                                    notes)
-        todo = plan(q.tasks, found)
-        if notes and report is None and state.is_main_process and not config.results.quiet:
-            print(*notes, sep='\n')
-        if report is None: report,work = start_report(config, state.is_main_process)
-        for data,tasks in todo:
-            job = Job(model, flip, tokenizer, data, work)
-            for task in tasks: run_task(task, job, report)
-    return finish_report(report)
+    try:
+        for run,model in zip(runs, models):
+            flip,tokenizer = open_model(run, state.device)
+            found,notes = [],[]
+            for data,name in zip(q.data, sets):
+                found += open_test_sets(data, flip.config.image_size, data_request(config, data),
+                                        name, notes)
+            todo = plan(q.tasks, found)
+            if notes and report is None and state.is_main_process and not config.results.quiet:
+                print(*notes, sep='\n')
+            if report is None: report,work = start_report(config, state.is_main_process)
+            for data,tasks in todo:
+                job = Job(model, flip, tokenizer, data, work)
+                for task in tasks: run_task(task, job, report)
+        return finish_report(report)
+    except KeyboardInterrupt as e: raise type(e)(stopped(report)) from e
 
 def evaluate(
     runs:str|list[str]|None=None, # Run folder or hub name; several with commas, or a list
