@@ -44,7 +44,9 @@ def misspelt(
 ) -> str: # The nearest folder here, such as 'mydata/run'; '' where none is near
     "A name that may stand for a local path with a mistake in it."
     parent,last = os.path.split(os.path.normpath(name))
-    for folder in difflib.get_close_matches(parent, filter(os.path.isdir, os.listdir()), 3, .75):
+    folders = list(filter(os.path.isdir, os.listdir()))
+    if not parent: return next(iter(difflib.get_close_matches(last, folders, 1, .75)), '')
+    for folder in difflib.get_close_matches(parent, folders, 3, .75):
         found = difflib.get_close_matches(last, os.listdir(folder), 1, .75)
         if found: return os.path.join(folder, found[0])
     return ''

@@ -22,7 +22,8 @@ from .evaluation.datasets import data_names, DataRequest, open_test_sets
 from .evaluation.registry import REGISTRY
 from .evaluation.report import finish_report, Report, run_task, stopped
 from .evaluation.tasks import Job, JobConfig, plan
-from .files import absolute_path, local_names, new_run_folder, read_json, shown
+from .files import (
+    absolute_path, find_again, local_names, new_run_folder, read_json, shown)
 from .model import FLIP
 from .scale.config import data_text
 from .scale.options import (
@@ -119,11 +120,12 @@ def model_names(
 # %% ../nbs/5_evaluation/15_evaluate.ipynb #d67c6f85
 def trained_on(
     run:str, # Run folder or hub name
+    must:bool=False, # Raise an error where its data are found nowhere
 ) -> dict: # Its options 'data', 'image_column', 'stream' and the like; empty where unknown
     "What a run was trained on."
     config = Path(run)/'train_config.json'
     known = read_json(config) if config.is_file() else {}
-    if known.get('data'): known['data'] = data_text(known['data'])
+    if known.get('data'): known['data'] = find_again(known['data'], run, data_text, must)
     names = 'data', 'image_column', 'caption_column', 'stream', 'weights'
     return {k: known[k] for k in names if k in known}
 
@@ -161,7 +163,7 @@ def complete(
     if values['mask_ratio'] and own:
         raise ValueError(
             f"{own.pop()} chooses its own mask ratios; leave --mask_ratio out, or the task")
-    known = trained_on(lists['runs'][0]).get('data') or 'scenes'
+    known = trained_on(lists['runs'][0], must=not lists['data']).get('data') or 'scenes'
     if not lists['data'] and known.startswith('<'):
         raise ValueError(f"{lists['runs'][0]!r} was trained on an object of Python, {known}; say "
                          "with --data what to measure on")

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['RUN_MARKS', 'LOCK', 'sync', 'sync_folder', 'write_file', 'write_json', 'read_json', 'file_hash', 'seal',
            'make_folder', 'write_folder', 'folder_fault', 'absolute_path', 'shown', 'local_name', 'absolute_pattern',
-           'is_there', 'split_names', 'local_names', 'log_files', 'new_run_folder', 'append_line', 'read_lines',
-           'LogFile', 'lock_folder']
+           'is_there', 'split_names', 'find_again', 'local_names', 'log_files', 'new_run_folder', 'append_line',
+           'read_lines', 'LogFile', 'lock_folder']
 
 # %% ../nbs/4_data/00_files.ipynb #970ac855
 import glob, hashlib, json, os, re, shutil, socket, sys
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
+from .core import may_be_on_hub
 
 # %% ../nbs/4_data/00_files.ipynb #b6d6eb45
 def sync(
@@ -185,6 +186,25 @@ def split_names(
         n = next((k for k in range(len(parts), 1, -1) if is_there(','.join(parts[:k]))), 1)
         names.append(','.join(parts[:n]).strip()); del parts[:n]
     return [name for name in names if name]
+
+def find_again(
+    text:str, # What a run stored as its data; old runs stored it as it was typed
+    folder:str|Path, # Run folder
+    door, # Function that makes paths absolute, such as `local_name`
+    must:bool=False, # Raise an error where a path is found nowhere
+) -> str: # What is meant, as the door returns it
+    "Read a relative path from the working directory, else from the folders around the run."
+    there = lambda names: all(is_there(re.sub(r'\{[^{}]*\}', '*', n)) for n in split_names(names))
+    here = door(text)
+    if text.startswith('<') or there(here): return here
+    for place in Path(absolute_path(folder)).parents[:3]:
+        with suppress(OSError), chdir(place):
+            if there(found := door(text)): return found
+    paths = [n for n in split_names(text)
+             if not os.path.isabs(n) and '://' not in n and not may_be_on_hub(n)]
+    if not (must and paths): return here
+    raise ValueError(f"the data of the run in {shown(folder)!r}, {paths[0]!r}, are neither here nor "
+                     "beside the run; say with --data where they are")
 
 def local_names(
     names:str|Path|list, # One, several with commas between them, or a list

@@ -329,3 +329,41 @@ def test_floats_of_another_range_are_said_in_evaluation():
         assert not said
         flip.logits(images/255, flip.tokenizer(['a']))
     assert len(said) == 1 and 'between 0 and 1; give uint8 images to flip_nb.model.to_float' in str(said[0].message)
+
+
+def test_data_of_an_old_run_are_found_beside_it(place, monkeypatch):
+    for i in range(20): put(place/'pairs'/'my data'/f'{i}.jpg'); put(place/'pairs'/'my data'/f'{i}.txt', f'words {i}')
+    put(place/'runs'/'old'/'train_config.json', json.dumps(dict(data='pairs/my data')))
+    (place/'elsewhere').mkdir(); monkeypatch.chdir(place/'elsewhere')
+    config = complete(dict(runs='../runs/old', data=None, tasks=None, mask_ratio=0.))
+    assert config.questions.data == [str(place/'pairs'/'my data')]
+    notes = []
+    assert len(open_test_sets(*config.questions.data, 16, notes=notes)[0].splits['test']) == 2 and notes[-1] == '2 rows to evaluate on'
+    put(place/'runs'/'old'/'train_config.json', json.dumps(dict(data='pairs/gone/*.tar')))
+    with pytest.raises(ValueError, match="'pairs/gone/\\*.tar', are neither here nor beside the run; say with --data"):
+        complete(dict(runs='../runs/old', data=None, tasks=None, mask_ratio=0.))
+    assert complete(dict(runs='../runs/old', data=str(place/'pairs'), tasks=None, mask_ratio=0.)).questions.data == [str(place/'pairs')]
+
+
+def test_a_name_of_one_word_that_is_nearly_a_folder_is_not_asked_for(place, monkeypatch):
+    put(place/'pictures'/'0.jpg')
+    monkeypatch.setattr('flip_nb.core.hub_answers', lambda: pytest.fail('was looked for on the hub'))
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
+    monkeypatch.chdir(place)
+    with pytest.raises(ValueError, match="'picturs' does not exist. Did you mean 'pictures'.*hf://datasets/picturs"): load_rows('picturs')
+
+
+@pytest.mark.parametrize('keep', [False, True])
+def test_accents_are_kept_where_that_is_asked_for(place, keep, capsys):
+    from accelerate import Accelerator
+    from flip_nb.scale.config import TrainConfig, changed, resolve
+    from flip_nb.scale.loader import open_model_and_data
+    from flip_nb.text import CaptionTokenizer
+    for i in range(40): put(place/f'{i}.jpg')
+    put(place/'captions.csv', 'image,caption\n' + ''.join(f'{i}.jpg,{("pêche", "péché")[i % 2]} {i}\n' for i in range(40)))
+    config = resolve(changed(TrainConfig(), data=str(place), preset='tiny', batch_size=16, keep_accents=keep))
+    flip,_ = open_model_and_data(Accelerator(cpu=True), config)
+    flip.save_pretrained(place/'model')
+    ids = CaptionTokenizer.from_file(place/'model')(['pêche', 'péché'])
+    assert ids[0].ne(ids[1]).any() == keep
+    assert ('100.0% of the captions lose their accents' in capsys.readouterr().out) != keep

@@ -155,7 +155,7 @@ def missing(
     beside = sorted(os.listdir(parent or '.')) if os.path.isdir(parent or '.') else []
     guess = nearest(last, beside).split(' Known:')[0]
     if not guess and (near := misspelt(data)): guess = f" Did you mean {near!r}?"
-    if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', data):
+    if may_be_on_hub(data):
         guess += f" If it is a data set on the Hugging Face hub, write {HUB}{data}."
     return ValueError(f"{data!r} does not exist.{guess} Give a folder, a file or a glob of parquet "
                       "files, WebDataset shards or images, a table of captions, or the name of a "
@@ -197,4 +197,4 @@ def is_hub_name(
     if data.startswith(HUB): return True
     if os.path.exists(data) or not may_be_on_hub(data): return False
     first,slash,_ = data.partition('/')
-    return not slash or not (os.path.isdir(first) or misspelt(data))
+    return not misspelt(data) and not (slash and os.path.isdir(first))

@@ -300,7 +300,9 @@ def open_test_sets(
     if data != 'scenes':
         found = open_test_set(data, image_size, r.split, r.image_column, r.caption_column,
                               read_names(r.class_names), r.templates, notes)
-        return [replace(limited(found, r), name=name or found.name)]
+        found = replace(limited(found, r), name=name or found.name)
+        if notes is not None: notes.append(f"{len(found.splits['test']):,} rows to evaluate on")
+        return [found]
     if r.split != 'test':
         raise ValueError(f"scenes are made for the evaluation and have no split {r.split!r}; "
                          "leave --split out")

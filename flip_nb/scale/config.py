@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from ..loop import Stage, plan_stages, scaled_lr
 from ..official.recipe import OFFICIAL_TUNING, get_recipe, virtual_steps
-from ..files import absolute_path, local_name, local_names, read_json, shown, write_json
+from ..files import (
+    absolute_path, find_again, local_name, local_names, read_json, shown, write_json)
 from .options import (
     build, check, enter, flatten, option, options_of, resumable)
 
@@ -273,7 +274,11 @@ def resume_config(
     "Look up what a run was started with."
     path = Path(values['resume'])/file
     if not path.exists(): return None
-    stored,known = enter(Config, read_json(path)),options_of(Config)
+    stored,known = read_json(path),options_of(Config)
+    if isinstance(data := stored.get('data'), str):
+        door = known['data'][0].metadata['path']
+        stored['data'] = find_again(data, path.parent, door, 'data' not in chosen)
+    stored = enter(Config, stored)
     settled = {k for k in ('run', 'mixed_precision') if values.get(k) in (None, 'auto')}
     for name in sorted(chosen - settled):
         if name in resumable(Config): stored[name] = values[name]
