@@ -20,9 +20,10 @@ from .core import find_file
 from .distributed import gather_objects, processes
 from .evaluation.datasets import data_names, DataRequest, open_test_sets
 from .evaluation.registry import REGISTRY
-from .evaluation.report import finish_report, Report, run_task
+from .evaluation.report import finish_report, Report, run_task, stopped
 from .evaluation.tasks import Job, JobConfig, check_tower, plan
-from .files import absolute_path, local_names, new_run_folder, read_json, shown
+from .files import (
+    absolute_path, find_again, local_names, new_run_folder, read_json, shown)
 from .model import FLIP
 from .scale.config import data_text
 from .scale.options import (
@@ -119,11 +120,12 @@ def model_names(
 # %% ../nbs/5_evaluation/15_evaluate.ipynb #d67c6f85
 def trained_on(
     run:str, # Run folder or hub name
+    must:bool=False, # Raise an error where its data are found nowhere
 ) -> dict: # Its options 'data', 'image_column', 'stream' and the like; empty where unknown
     "What a run was trained on."
     config = Path(run)/'train_config.json'
     known = read_json(config) if config.is_file() else {}
-    if known.get('data'): known['data'] = data_text(known['data'])
+    if known.get('data'): known['data'] = find_again(known['data'], run, data_text, must)
     names = 'data', 'image_column', 'caption_column', 'stream', 'weights'
     return {k: known[k] for k in names if k in known}
 
@@ -161,7 +163,7 @@ def complete(
     if values['mask_ratio'] and own:
         raise ValueError(
             f"{own.pop()} chooses its own mask ratios; leave --mask_ratio out, or the task")
-    known = trained_on(lists['runs'][0]).get('data') or 'scenes'
+    known = trained_on(lists['runs'][0], must=not lists['data']).get('data') or 'scenes'
     if not lists['data'] and known.startswith('<'):
         raise ValueError(f"{lists['runs'][0]!r} was trained on an object of Python, {known}; say "
                          "with --data what to measure on")
@@ -218,21 +220,23 @@ def run_evaluation(
     for run in runs: check_run(run)
     state = PartialState(cpu=not torch.cuda.is_available())
     settle(state, config.embedding.threads)
-    for run,model in zip(runs, models):
-        flip,tokenizer = open_model(run, state.device)
-        found,notes = [],[]
-        for data,name in zip(q.data, sets):
-            found += open_test_sets(data, flip.config.image_size, data_request(config, data), name,
-                                    notes)
-        todo = plan(q.tasks, found)
-        if notes and report is None and state.is_main_process and not config.results.quiet:
-            print(*notes, sep='\n')
-        if report is None: report,work = start_report(config, state.is_main_process)
-        for data,tasks in todo: check_tower(run, flip, tasks)
-        for data,tasks in todo:
-            job = Job(model, flip, tokenizer, data, work)
-            for task in tasks: run_task(task, job, report)
-    return finish_report(report)
+    try:
+        for run,model in zip(runs, models):
+            flip,tokenizer = open_model(run, state.device)
+            found,notes = [],[]
+            for data,name in zip(q.data, sets):
+                found += open_test_sets(data, flip.config.image_size, data_request(config, data),
+                                        name, notes)
+            todo = plan(q.tasks, found)
+            if notes and report is None and state.is_main_process and not config.results.quiet:
+                print(*notes, sep='\n')
+            if report is None: report,work = start_report(config, state.is_main_process)
+            for data,tasks in todo: check_tower(run, flip, tasks)
+            for data,tasks in todo:
+                job = Job(model, flip, tokenizer, data, work)
+                for task in tasks: run_task(task, job, report)
+        return finish_report(report)
+    except KeyboardInterrupt as e: raise type(e)(stopped(report)) from e
 
 def evaluate(
     runs:str|list[str]|None=None, # Run folder or hub name; several with commas, or a list

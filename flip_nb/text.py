@@ -18,11 +18,14 @@ from .masking import random_mask
 from .transformer import Transformer
 
 # %% ../nbs/1_method/04_text.ipynb #41a3fcc4
-def caption_normalizer() -> normalizers.Normalizer: # Text in, plain lower-case text out
+def caption_normalizer(
+    keep_accents:bool=False, # Leave accents and vowel signs; the official tokenizer drops them
+) -> normalizers.Normalizer: # Text in, plain lower-case text out
     "Fold case and compatibility characters, and drop accents, as the official tokenizer does."
-    n = normalizers
+    n,strip = normalizers,False if keep_accents else None    # None: as BERT does
     return n.Sequence([n.NFKC(), n.Lowercase(), n.Replace('ß', 'ss'), n.Replace('ς', 'σ'),
-                       n.Replace(Regex(r'\p{Cc}'), ' '), n.BertNormalizer(lowercase=True)])
+                       n.Replace(Regex(r'\p{Cc}'), ' '),
+                       n.BertNormalizer(lowercase=True, strip_accents=strip)])
 
 # %% ../nbs/1_method/04_text.ipynb #5a4b6116
 PAD_ID = 0
@@ -47,6 +50,7 @@ class CaptionTokenizer:
         vocab:dict[str,int], # Piece to id; '[PAD]' is 0 and '[UNK]' and '[CLS]' are there
         context_length:int=32, # Ids per caption, `L` >= 1
         cls_token:bool=False, # Put '[CLS]' in front of every caption; the official code does not
+        keep_accents:bool=False, # Do not drop accents; the official code does
     ):
         if vocab.get('[PAD]') != PAD_ID or not {'[UNK]', '[CLS]'} <= vocab.keys():
             raise ValueError("the vocabulary needs '[PAD]' as id 0, '[UNK]' and '[CLS]'; "
@@ -54,7 +58,8 @@ class CaptionTokenizer:
         if context_length < 1:
             raise ValueError(f"context_length must be at least 1, got {context_length}")
         self.tok = tok = Tokenizer(models.WordPiece(vocab, unk_token='[UNK]'))
-        tok.normalizer,tok.pre_tokenizer = caption_normalizer(),pre_tokenizers.BertPreTokenizer()
+        tok.normalizer = caption_normalizer(keep_accents)
+        tok.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         if cls_token:
             tok.post_processor = processors.TemplateProcessing(
                 single='[CLS] $A', special_tokens=[('[CLS]', vocab['[CLS]'])])
@@ -95,24 +100,25 @@ def train(cls:CaptionTokenizer,
     captions:Iterable[str], # Corpus, one caption each
     vocab_size:int=4096, # Most pieces, special tokens included; single letters are always kept
     context_length:int=32, # Ids per caption, `L` >= 1
+    keep_accents:bool=False, # Do not drop accents
 ) -> CaptionTokenizer: # Tokenizer whose ids depend on the captions alone
     "Learn WordPiece pieces from captions."
     captions = caption_list(captions)
     if not captions: raise ValueError("there are no captions to learn pieces from")
     def learn(size, first):
-        tok = cls({t: i for i,t in enumerate(SPECIAL_TOKENS)}).tok
+        tok = cls({t: i for i,t in enumerate(SPECIAL_TOKENS)}, keep_accents=keep_accents).tok
         tok.train_from_iterator(captions, trainers.WordPieceTrainer(
             vocab_size=size, special_tokens=first, show_progress=False))
         return sorted(set(tok.get_vocab()) - set(SPECIAL_TOKENS))
     letters = learn(0, SPECIAL_TOKENS)    # their order breaks ties
     pieces = SPECIAL_TOKENS + learn(vocab_size, SPECIAL_TOKENS + letters)
-    return cls({p: i for i,p in enumerate(pieces)}, context_length)
+    return cls({p: i for i,p in enumerate(pieces)}, context_length, keep_accents=keep_accents)
 
 # %% ../nbs/1_method/04_text.ipynb #a1c0de03
 @patch(cls_method=True)
 def from_vocab(cls:CaptionTokenizer,
     path:str|os.PathLike, # Text file with one piece a line, such as BERT's vocab.txt
-    **kwargs, # `context_length`, `cls_token`
+    **kwargs, # `context_length`, `cls_token`, `keep_accents`
 ) -> CaptionTokenizer: # Tokenizer with the ids of the file
     "Read a WordPiece vocabulary."
     if not os.path.isfile(path):

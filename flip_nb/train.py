@@ -6,14 +6,12 @@
 __all__ = ['object_name', 'begin', 'train', 'main']
 
 # %% ../nbs/7_scale/06_train.ipynb #ae92e437
-import os
-from pathlib import Path
-from .files import read_json, shown
+from .files import shown
 from .model import FLIP
 from .official.recipe import recipe_table
 from .scale.checkpoint import EXIT_RESUMABLE, Interrupted
-from .scale.config import TrainConfig, resolve, resume_config
-from .scale.options import build, command_line, given, run_command
+from .scale.config import TrainConfig, begin_run, resolve
+from .scale.options import command_line, given, run_command
 from .scale.trainer import Trainer
 
 # %% ../nbs/7_scale/06_train.ipynb #5102ad27
@@ -30,25 +28,12 @@ def begin(
     model:FLIP|None=None, # Model to train instead of a new one
 ) -> dict: # What is in results.json
     "Start a run, or resume one; a finished one is only read."
-    resume,out = values['resume'],values['out']
-    if resume is None: return Trainer(resolve(build(TrainConfig, values)), dataset, model).run()
-    if out not in (None, resume):
-        raise ValueError(f"--resume {shown(resume)} continues in its own folder: leave --out "
-                         f"{shown(out)} away")
-    config = resume_config(values, chosen)
-    if not (done := Path(resume)/'results.json').exists():
-        if config is None:
-            if 'data' not in chosen:
-                raise ValueError(f"there is no run in {shown(resume)!r} to resume; to start one "
-                                 "there, give --data too")
-            config = resolve(build(TrainConfig, values | dict(out=resume, resume=None)))
-        elif dataset is None and config.data.data.startswith('<'):
-            raise ValueError(f"the run in {shown(resume)!r} trains on an object, "
+    def run(config):
+        if dataset is None and config.data.data.startswith('<'):
+            raise ValueError(f"the run in {shown(values['resume'])!r} trains on an object, "
                              f"{config.data.data}: give it again")
         return Trainer(config, dataset, model).run()
-    if not values['quiet'] and os.environ.get('RANK', '0') == '0':
-        print(f"the run in {shown(resume)} is finished; its results are in {shown(done)}")
-    return read_json(done)
+    return begin_run(values, chosen, run, resolve)
 
 # %% ../nbs/7_scale/06_train.ipynb #d08fc67e
 def train(

@@ -156,10 +156,19 @@ def test_tars_with_other_endings_and_missing_members(place):
     assert '1 x no caption' in said[0]
 
 
-def test_a_torn_shard_is_named(place):
-    tar(place/'0.tar', [m for i in range(4) for m in ((f'{i}.jpg', jpg(i)), (f'{i}.txt', b'words'))])
-    (place/'1.tar').write_bytes((place/'0.tar').read_bytes()[:2500])
-    with pytest.raises(ValueError, match='1.tar.: shard cut short'): load_pairs(str(place), 16)
+def test_a_torn_shard_is_read_as_far_as_it_is_whole(place):
+    from flip_nb.data.sources import first_rows
+    tar(place/'0.tar', [m for i in range(4) for m in ((f'{i}.jpg', jpg(i)), (f'{i}.txt', b'words %d' % i))])
+    (place/'1.tar').write_bytes((place/'0.tar').read_bytes()[:5500])
+    said = []
+    here = load_pairs(str(place), 16, holdout=0, say=said.append)['train']
+    there = [r['captions'] for r in first_rows(open_stream(str(place), 16, holdout=0)[0][0], 99)]
+    assert [here.captions(i) for i in range(len(here))] == there and len(there) > 4
+    assert "1.tar': shard cut short, " in said[0]
+    assert f'; its first {len(there) - 4} records are read\n' in said[0]
+
+
+def test_a_torn_parquet_is_named(place):
     rows = dict(image=[jpg(i) for i in range(50)], caption=['x']*50)
     (place/'p').mkdir()
     for k in range(2): datasets.Dataset.from_dict(rows).to_parquet(place/'p'/f'{k}.parquet')
@@ -281,3 +290,80 @@ def test_classes_without_names_get_those_of_the_user(place):
         open_test_sets(data, 16, DataRequest(class_names='a cat'))
     with pytest.raises(ValueError, match="--class_names ', ' holds no name"):
         open_test_sets(data, 16, DataRequest(class_names=', '))
+
+
+@pytest.mark.parametrize('name', ['mydta/x.tar', './mydta/imgs', '~/mydta', 'mydta/imgs/', 'a\\b', 'mydta.csv', '/mydta/imgs', 'mydta/a/b'])
+def test_what_is_written_like_a_path_is_never_asked_for(place, name, monkeypatch):
+    from flip_nb.model import FLIP
+    from flip_nb.official.recipe import load_tokenizer
+    monkeypatch.setattr('flip_nb.core.hub_answers', lambda: pytest.fail(f'{name!r} was looked for on the hub'))
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
+    monkeypatch.chdir(place)
+    for call in (lambda: load_rows(name), lambda: open_stream(name, 16), lambda: FLIP.from_pretrained(name), lambda: load_tokenizer(name),
+                 lambda: open_test_sets(name, 16)):
+        with pytest.raises(ValueError, match='does not exist|there is no'): call()
+
+
+def test_without_network_a_name_of_the_hub_ends_at_once(place, monkeypatch):
+    import time
+    from flip_nb.model import FLIP
+    from flip_nb.official.recipe import load_tokenizer
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
+    monkeypatch.setattr('datasets.config.HF_HUB_OFFLINE', False)
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', 'http://127.0.0.1:9')    # nobody listens there
+    began = time.monotonic()
+    for call in (lambda: load_rows('someone/images'), lambda: FLIP.from_pretrained('someone/flip'), lambda: load_tokenizer('some-bert'),
+                 lambda: open_test_sets('cifar10', 16)):
+        with pytest.raises(ValueError, match='hub'): call()
+    assert time.monotonic() - began < 12
+
+
+def test_floats_of_another_range_are_said_in_evaluation():
+    import warnings
+    from small import pictures, tiny_flip
+    from flip_nb.model import to_float
+    flip,images = tiny_flip().eval(),pictures(4)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        flip.encode_image(to_float(images)); flip.train().encode_image(images/255); flip.eval()
+        assert not said
+        flip.logits(images/255, flip.tokenizer(['a']))
+    assert len(said) == 1 and 'between 0 and 1; give uint8 images to flip_nb.model.to_float' in str(said[0].message)
+
+
+def test_data_of_an_old_run_are_found_beside_it(place, monkeypatch):
+    for i in range(20): put(place/'pairs'/'my data'/f'{i}.jpg'); put(place/'pairs'/'my data'/f'{i}.txt', f'words {i}')
+    put(place/'runs'/'old'/'train_config.json', json.dumps(dict(data='pairs/my data')))
+    (place/'elsewhere').mkdir(); monkeypatch.chdir(place/'elsewhere')
+    config = complete(dict(runs='../runs/old', data=None, tasks=None, mask_ratio=0.))
+    assert config.questions.data == [str(place/'pairs'/'my data')]
+    notes = []
+    assert len(open_test_sets(*config.questions.data, 16, notes=notes)[0].splits['test']) == 2 and notes[-1] == '2 rows to evaluate on'
+    put(place/'runs'/'old'/'train_config.json', json.dumps(dict(data='pairs/gone/*.tar')))
+    with pytest.raises(ValueError, match="'pairs/gone/\\*.tar', are neither here nor beside the run; say with --data"):
+        complete(dict(runs='../runs/old', data=None, tasks=None, mask_ratio=0.))
+    assert complete(dict(runs='../runs/old', data=str(place/'pairs'), tasks=None, mask_ratio=0.)).questions.data == [str(place/'pairs')]
+
+
+def test_a_name_of_one_word_that_is_nearly_a_folder_is_not_asked_for(place, monkeypatch):
+    put(place/'pictures'/'0.jpg')
+    monkeypatch.setattr('flip_nb.core.hub_answers', lambda: pytest.fail('was looked for on the hub'))
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
+    monkeypatch.chdir(place)
+    with pytest.raises(ValueError, match="'picturs' does not exist. Did you mean 'pictures'.*hf://datasets/picturs"): load_rows('picturs')
+
+
+@pytest.mark.parametrize('keep', [False, True])
+def test_accents_are_kept_where_that_is_asked_for(place, keep, capsys):
+    from accelerate import Accelerator
+    from flip_nb.scale.config import TrainConfig, changed, resolve
+    from flip_nb.scale.loader import open_model_and_data
+    from flip_nb.text import CaptionTokenizer
+    for i in range(40): put(place/f'{i}.jpg')
+    put(place/'captions.csv', 'image,caption\n' + ''.join(f'{i}.jpg,{("pêche", "péché")[i % 2]} {i}\n' for i in range(40)))
+    config = resolve(changed(TrainConfig(), data=str(place), preset='tiny', batch_size=16, keep_accents=keep))
+    flip,_ = open_model_and_data(Accelerator(cpu=True), config)
+    flip.save_pretrained(place/'model')
+    ids = CaptionTokenizer.from_file(place/'model')(['pêche', 'péché'])
+    assert ids[0].ne(ids[1]).any() == keep
+    assert ('100.0% of the captions lose their accents' in capsys.readouterr().out) != keep

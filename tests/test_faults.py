@@ -15,7 +15,7 @@ server = r'''
 import contextlib, json, os, runpy, sys, threading, tqdm
 import flip_nb.scale.trainer, flip_nb.transfer.tuner
 from matplotlib.figure import Figure
-Figure.savefig = lambda figure, path: open(path, 'w').close()    # drawing takes as long as the training
+Figure.savefig = lambda figure, path, **options: open(path, 'w').close()    # drawing takes as long as the training
 print('ready', flush=True)
 for line in sys.stdin:
     job = json.loads(line)
@@ -304,6 +304,41 @@ def test_finetuning_is_interrupted(run, whole, tmp_path):
     again = run('--resume', 'run', module='flip_nb.finetune')
     assert again.wait() == 0, again.text()
     assert [json.loads(l)['step'] for l in (tmp_path/'run'/'metrics.jsonl').read_text().splitlines()] == [2, 4, 6, 8]
+
+
+def test_an_evaluation_is_stopped(run, whole, data, tmp_path):
+    "SIGTERM after one task; Ctrl-C while a worker waits on storage, before any."
+    second = """
+import time, flip_nb.evaluation.report as report
+first = report.TASKS['retrieval']
+report.TASKS['retrieval'] = lambda job: (print('begins', flush=True), time.sleep(1e6)) if job.data.name == 'again' else first(job)
+"""
+    shutil.copytree(data, tmp_path/'again')
+    words = whole, '--threads', 1, '--quiet', '--data'
+    c = run(*words, f"{data},{tmp_path/'again'}", '--out', 'one', module='flip_nb.evaluate', before=second)
+    c.until('begins'); c.kill(signal.SIGTERM)
+    assert c.wait() == 143 and c.text().endswith('begins\nflip_nb.evaluate: stopped by SIGTERM; 1 task done, the results are in one\n'), c.text()
+    assert json.loads((tmp_path/'one'/'results.json').read_text())['finished'] is False
+    c = run(*words, data, '--out', 'two', '--workers', 2, module='flip_nb.evaluate', before=stalled.format(2))
+    while not (tmp_path/'two').exists(): time.sleep(.01)
+    time.sleep(1); os.killpg(c.pid, signal.SIGINT)
+    assert c.wait(30) == 130 and 'flip_nb.evaluate: stopped by Ctrl-C; no task was done yet\n' in c.text(), c.text()
+    assert 'Traceback' not in c.text(), c.text()
+    assert not (tmp_path/'two').exists()
+
+
+def test_shards_are_taken_away_by_sigterm(run, data, tmp_path):
+    slow = """
+import time, flip_nb.data.shards as shards
+write = shards.write_shard
+shards.write_shard = lambda *args: (write(*args), time.sleep(.2))
+"""
+    c = run(data, 'out', '--pairs_per_shard', 1, module='flip_nb.data.shards', before=slow)
+    while not (tmp_path/'out'/'train-000001.tar').exists(): time.sleep(.01)
+    c.kill(signal.SIGTERM)
+    assert c.wait() == 143 and 'stopped by SIGTERM; the series it was writing was taken away' in c.text(), c.text()
+    assert '16 rows to train on (train), 8 rows to evaluate on (test)' in c.text(), 'what was found is not printed'
+    assert not list((tmp_path/'out').iterdir())
 
 
 def test_more_workers_than_shards(run, data):

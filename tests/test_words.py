@@ -9,7 +9,6 @@ from nbdev.doclinks import nbglob
 
 from flip_nb.bench import ReportOptions
 from flip_nb.evaluate import EvaluateConfig, trained_on
-from flip_nb.finetune import resume_tuning
 from flip_nb.scale.config import TrainConfig, resume_config
 from flip_nb.scale.options import build, command_line, defaults, flatten, given, options_of
 from flip_nb.transfer.tuner import FinetuneConfig
@@ -94,7 +93,7 @@ def test_a_switch_is_switched_off_on_resume(tmp_path):
 @pytest.mark.parametrize('text', ['', '{', '[1]', b'\xff\xfe'])
 def test_a_broken_file_is_named(tmp_path, text):
     reads = {'train_config.json': [lambda: resume_config(defaults(TrainConfig) | dict(resume=str(tmp_path)), set()), lambda: trained_on(tmp_path)],
-             'finetune_config.json': [lambda: resume_tuning(defaults(FinetuneConfig) | dict(resume=str(tmp_path)), set())]}
+             'finetune_config.json': [lambda: resume_config(defaults(FinetuneConfig) | dict(resume=str(tmp_path)), set(), FinetuneConfig, 'finetune_config.json')]}
     for name,calls in reads.items():
         (tmp_path/name).write_bytes(text if isinstance(text, bytes) else text.encode())
         for call in calls:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOST_TEXT', 'CAPTION_NAMES', 'BadRecord', 'clean_text', 'named', 'as_captions', 'read_json', 'loss_floor',
-           'caption_report']
+           'loses_marks', 'caption_report']
 
 # %% ../../nbs/4_data/02_captions.ipynb #52c4106c
-import json
+import json, unicodedata
 from collections import Counter
 import torch
 
@@ -90,6 +90,16 @@ def loss_floor(
     return floor/batches
 
 # %% ../../nbs/4_data/02_captions.ipynb #00956c84
+def loses_marks(
+    caption:str, # As it is stored
+    tokenizer, # `CaptionTokenizer`
+) -> bool: # Whether accents or vowel signs are dropped
+    "Compare a caption with what the tokenizer makes of it."
+    fold = getattr(tokenizer.tok.normalizer, 'normalize_str', str)
+    marks = lambda text: sum(unicodedata.category(c)[0] == 'M'
+                             for c in unicodedata.normalize('NFKD', text.lower()))
+    return not caption.isascii() and marks(fold(caption)) < marks(caption)
+
 def caption_report(
     captions:list[str], # Captions of the data, one per image
     tokenizer, # `CaptionTokenizer`
@@ -108,10 +118,14 @@ def caption_report(
     unknown = tokenizer.tok.token_to_id('[UNK]')
     strange = sum(unknown in ids for ids in pieces)
     cut = sum(len(tokenizer.tok.encode(c).overflowing) > 0 for c in some)
+    bare = [c for c in some if loses_marks(c, tokenizer)]
     share = lambda k: f"{k/len(some):.1%} of the captions"
     if strange > len(some)/100:
         example = next(c for c,ids in zip(some, pieces) if unknown in ids)
         lines.append(f"{share(strange)} hold words that the vocabulary does not know, "
                      f"such as {example!r:.60}")
+    if len(bare) > len(some)/100:
+        lines.append(f"{share(len(bare))} lose their accents, such as {bare[0]!r:.60}; a vocabulary "
+                     "that is learned with --keep_accents has them")
     if cut > len(some)/100: lines.append(f"{share(cut)} are longer than the context and are cut")
     return lines

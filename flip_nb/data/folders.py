@@ -12,6 +12,7 @@ import glob, os
 from collections import Counter
 import torch
 from .. import __version__
+from ..core import hub_once
 from .captions import BadRecord, CAPTION_NAMES
 from .decode import as_stored, eval_transform, IMAGE_NAMES, train_transform
 from .layout import find_layout, HUB, is_hub_name, Layout, SPLITS
@@ -62,29 +63,33 @@ def tar_records_of(
     captions:tuple[str,...], # Endings of captions, the best first
     state:tuple, # What the table on disk is made anew for: sizes, times, our version
 ):
-    "Every record of some tar files, with what is wrong with it."
+    "Every record of some tar files, with what is wrong with it; then what is wrong with a file."
     source = Source(shards, images, captions)
     for s,shard in enumerate(source.shards):
+        whole = 0
         try:
             for _,key,record in source.records(s):
+                whole += 1
                 row = dict(image=None, captions=[], fault='', key=f'{source.names[s]}/{key}')
                 try: row |= dict(image=stored_image(record, source),
                                  captions=read_captions(record, source))
                 except BadRecord as e: row['fault'] = e.kind
                 yield row
         except BadShard as e:
-            whole = '; --stream reads what is whole'*(e.kind == 'shard cut short')
-            raise ValueError(f"{shard!r}: {e.kind}, {e}{whole}") from e
+            read = f'its first {whole:,} records are read' if whole else 'nothing of it is read'
+            yield dict(image=None, captions=[], fault='shard',
+                       key=f"{shown(shard)!r}: {e.kind}, {e}; {read}")
 
 def class_ending(
     shards:list[str], # Tar files
     captions:tuple[str,...], # Endings of captions
 ) -> str|None: # 'cls' where the first record has a class instead of captions
     "Labelled shards hold the class under this ending."
-    source = Source(shards[:1], (), (*captions, 'cls'))
-    try: first = next(source.records(0), (0, '', {}))[2]
-    except BadShard: return None                                   # reported when it is read
-    return 'cls' if first.get('cls') and not any(first.get(c) for c in captions) else None
+    source = Source(shards, (), (*captions, 'cls'))
+    for s in range(len(shards)):
+        try: first = next(source.records(s))[2]
+        except (BadShard, StopIteration): continue                 # reported when it is read
+        return 'cls' if first.get('cls') and not any(first.get(c) for c in captions) else None
 
 # %% ../../nbs/4_data/08_folders.ipynb #548059af
 def tar_rows(
@@ -109,9 +114,11 @@ def tar_rows(
     apart = {'no image', 'no caption'} <= broken.keys()             # as in a tar out of order
     if apart and (why := next((w for s in shards if (w := order_fault(s))), '')):
         raise ValueError(why)
-    lost = count_faults(Counter(f for f in faults if f), broken)
+    lost = [key for fault,key in zip(faults, keys) if fault == 'shard']
+    torn = len(lost)
+    lost += count_faults(Counter(f for f in faults if f not in ('', 'shard')), broken)
     if not good and not lost: raise ValueError('it has no rows')
-    if not good: raise ValueError(f'no record can be used; {lost[0]}')
+    if not good: raise ValueError(lost[0] if torn else f'no record can be used; {lost[0]}')
     notes += lost
     rows = rows.select(good).remove_columns(['fault', 'key'])
     if label:
@@ -229,7 +236,8 @@ def load_rows(
     columns = image_column,caption_column
     layout = None if is_hub_name(data) else find_layout(data)
     try:
-        if layout is None: loaded = datasets.load_dataset(path=data.removeprefix(HUB))
+        if layout is None:
+            with hub_once(): loaded = datasets.load_dataset(path=data.removeprefix(HUB))
         elif layout.kind != 'images': loaded = read_layout(layout, columns, notes)
     except Exception as e:                                          # of `datasets`, of any kind
         if layout is None: what = 'is no local path, and could not be loaded from the hub'

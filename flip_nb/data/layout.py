@@ -12,7 +12,7 @@ import glob, os, re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from PIL import Image
-from ..core import misspelt, nearest
+from ..core import may_be_on_hub, misspelt, nearest
 from .decode import IMAGE_ENDINGS
 
 # %% ../../nbs/4_data/06_layout.ipynb #f34dc9ba
@@ -155,7 +155,7 @@ def missing(
     beside = sorted(os.listdir(parent or '.')) if os.path.isdir(parent or '.') else []
     guess = nearest(last, beside).split(' Known:')[0]
     if not guess and (near := misspelt(data)): guess = f" Did you mean {near!r}?"
-    if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', data):
+    if may_be_on_hub(data):
         guess += f" If it is a data set on the Hugging Face hub, write {HUB}{data}."
     return ValueError(f"{data!r} does not exist.{guess} Give a folder, a file or a glob of parquet "
                       "files, WebDataset shards or images, a table of captions, or the name of a "
@@ -195,7 +195,6 @@ def is_hub_name(
 ) -> bool: # Whether it can only be a data set on the Hugging Face hub
     "Names such as 'owner/name' that are no local path, nor nearly one."
     if data.startswith(HUB): return True
-    if os.path.exists(data) or data.lower().endswith(('.parquet', '.tar', *TABLES)): return False
+    if os.path.exists(data) or not may_be_on_hub(data): return False
     first,slash,_ = data.partition('/')
-    if slash and (os.path.isdir(first) or misspelt(data)): return False
-    return re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', data) is not None
+    return not misspelt(data) and not (slash and os.path.isdir(first))

@@ -8,7 +8,7 @@ __all__ = ['Pairs', 'next_good', 'AllRows', 'corpus', 'sample_captions', 'Collat
            'WorkerLoader', 'end_loop']
 
 # %% ../../nbs/4_data/03_pairs.ipynb #9e45a5ba
-import atexit, hashlib, multiprocessing.util, os, signal, threading, time
+import atexit, hashlib, multiprocessing.util, os, signal, sys, threading, time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data._utils.signal_handling import _remove_worker_pids
+from torch.utils.data._utils import signal_handling
 from .captions import as_captions, BadRecord
 from .decode import image_fault, load_image
 from ..files import LogFile, read_lines
@@ -278,7 +278,9 @@ class SkippedRows:
         "Log what is new; stop the run if it is too much."
         rows = [r if len(r) == 3 else (r[0], r[1].split(':')[0], r[1]) for r in broken]
         new = {row[0]: row for row in rows if row[0] not in self.keys}
-        for row in new.values(): self.file.add(row); self.remember(*row)
+        for row in new.values():
+            self.file.add(row); self.remember(*row)
+            if row[1].startswith('shard'): print(f"{row[0]!r}: {row[1]}, {row[2]}", file=sys.stderr)
         before,self.seen = self.seen,self.seen + used + len(broken)
         if before >= self.first or len(self.keys) <= self.most*max(self.seen, self.first): return
         kinds = ', '.join(f'{n} x {kind}' for kind,n in self.kinds.most_common())
@@ -314,22 +316,31 @@ atexit.register(end_workers)    # runs before the waiting of multiprocessing, wh
 class WorkerLoader(DataLoader):
     "A `DataLoader` whose workers end with the loop over it, however that ends."
     def __iter__(self):
-        batches,owner = super().__iter__(),os.getpid()
+        before,owner = multiprocessing.active_children(),os.getpid()
+        batches = super().__iter__()
+        workers = getattr(batches, '_workers', None)
+        if workers is None: workers = [w for w in multiprocessing.active_children()
+                                       if w not in before]
         try: yield from batches
         finally:
-            if os.getpid() == owner: end_loop(batches)          # not in a copy of the process
+            if os.getpid() == owner: end_loop(batches, workers) # not in a copy of the process
 
 def end_loop(
     batches, # Iterator of a `DataLoader`
+    workers:list, # Its processes
     patience:float=2., # Seconds that a worker has to end by itself
 ):
     "End the workers of a loop; one that does not answer is killed."
-    workers = [w for w in getattr(batches, '_workers', ()) if w.is_alive()]
-    if not workers: return
-    _remove_worker_pids(id(batches))                            # their end is no error
-    batches._worker_pids_set = False
+    if not any(w.is_alive() for w in workers): return
+    if forget := getattr(signal_handling, '_remove_worker_pids', None):
+        forget(id(batches)); batches._worker_pids_set = False   # their end is no error
+    elif threading.current_thread() is threading.main_thread() and hasattr(signal, 'SIGCHLD'):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     killer = threading.Timer(patience, lambda: [w.kill() for w in workers])
     killer.daemon = True
     killer.start()
-    try: batches._shutdown_workers()
-    finally: killer.cancel()
+    try: getattr(batches, '_shutdown_workers', lambda: None)()
+    finally:
+        killer.cancel()
+        for w in workers:
+            if w.is_alive(): w.kill(); w.join()

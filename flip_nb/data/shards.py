@@ -7,7 +7,7 @@ __all__ = ['ENDINGS', 'encoded_image', 'pair_members', 'write_shard', 'write_sha
            'make_shards', 'main']
 
 # %% ../../nbs/4_data/10_shards.ipynb #eaf0d209
-import inspect, io, json, os, sys, tarfile, warnings
+import inspect, io, json, os, tarfile, warnings
 from collections import Counter
 from pathlib import Path
 from fastcore.script import anno_parser
@@ -20,6 +20,7 @@ from .pairs import Pairs
 from .captions import BadRecord
 from .records import BadShard, read_captions, read_image, Source
 from .sources import known_sizes, list_shards, listed_sizes, open_source
+from ..distributed import signals_end
 from ..files import absolute_path, local_name
 
 # %% ../../nbs/4_data/10_shards.ipynb #a26f50e3
@@ -147,11 +148,12 @@ def make_shards(
     pairs_per_shard:int=1000, # Records in each shard
     image_column:str=None, # Column with images; found by default
     caption_column:str=None, # Column with captions; found by default
-    quiet:bool=False, # No progress bars
+    quiet:bool=False, # No progress bars, and no word about what was found
 ) -> dict: # What `check_shards` found
     "Write a data set as WebDataset shards, one series for each of its splits, and check them."
     data,folder = local_name(data),absolute_path(folder)
-    splits = load_pairs(data, 64, image_column, caption_column, holdout=0)
+    say = None if quiet else print
+    splits = load_pairs(data, 64, image_column, caption_column, holdout=0, say=say)
     for split,pairs in splits.items(): write_shards(pairs, folder, pairs_per_shard, split, quiet)
     report = check_shards(folder, quiet)
     kinds = Counter(kind for _,kind,_ in report['broken'])
@@ -165,12 +167,11 @@ def make_shards(
 def main():
     "Write shards from the command line."
     options = vars(anno_parser(make_shards).parse_args())
-    try: make_shards(**{k: options[k] for k in inspect.signature(make_shards).parameters})
-    except (ValueError, OSError) as e:
-        raise SystemExit('flip_nb.data.shards: ' + ' '.join(str(e).split()))
-    except KeyboardInterrupt as e:
-        print('flip_nb.data.shards: stopped by Ctrl-C; the series it was writing was taken away',
-              file=sys.stderr)
-        raise SystemExit(130) from e
+    with signals_end('flip_nb.data.shards'):
+        try: make_shards(**{k: options[k] for k in inspect.signature(make_shards).parameters})
+        except (ValueError, OSError) as e:
+            raise SystemExit('flip_nb.data.shards: ' + ' '.join(str(e).split()))
+        except KeyboardInterrupt as e:
+            raise type(e)('the series it was writing was taken away') from e
 
 if __name__ == '__main__' and '__file__' in globals(): main()    # as a command, not in a notebook

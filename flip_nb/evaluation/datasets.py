@@ -12,7 +12,7 @@ import os, re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from torchvision.transforms.functional import to_pil_image
-from ..core import find_file, nearest
+from ..core import find_file, hub_once, nearest
 from ..data.tables import find_column
 from ..data.folders import hold_out, load_rows, number_labels, pair_columns
 from ..data.decode import IMAGE_NAMES
@@ -56,8 +56,9 @@ def fetch_rows(
         return load_rows(path or entry.path, *columns, notes)
     import datasets
     try:
-        found = datasets.load_dataset(entry.path, data_files=entry.files,
-                                      verification_mode='no_checks')
+        with hub_once():
+            found = datasets.load_dataset(entry.path, data_files=entry.files,
+                                          verification_mode='no_checks')
     except Exception as e:
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{entry.path!r} could not be loaded from the Hugging Face hub: "
@@ -119,7 +120,8 @@ def shipped_names(
         if path or os.path.isdir(folder): file = find_file(folder, entry.class_names)
         else:
             from huggingface_hub import hf_hub_download
-            file = hf_hub_download(entry.path, entry.class_names, repo_type='dataset')
+            with hub_once():
+                file = hf_hub_download(entry.path, entry.class_names, repo_type='dataset')
     except Exception as e:
         reason = f"{type(e).__name__}: {str(e).splitlines()[0]:.150}"
         raise ValueError(
@@ -298,7 +300,9 @@ def open_test_sets(
     if data != 'scenes':
         found = open_test_set(data, image_size, r.split, r.image_column, r.caption_column,
                               read_names(r.class_names), r.templates, notes)
-        return [replace(limited(found, r), name=name or found.name)]
+        found = replace(limited(found, r), name=name or found.name)
+        if notes is not None: notes.append(f"{len(found.splits['test']):,} rows to evaluate on")
+        return [found]
     if r.split != 'test':
         raise ValueError(f"scenes are made for the evaluation and have no split {r.split!r}; "
                          "leave --split out")

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['result_rows', 'markdown_table', 'score_figure', 'slug', 'Report', 'write_report', 'show_report', 'finish_report',
-           'run_task']
+           'stopped', 'run_task']
 
 # %% ../../nbs/5_evaluation/14_report.ipynb #700a37bf
 import re, time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 import torch
 from tqdm import tqdm
@@ -17,7 +19,7 @@ from .drawing import new_figure
 from .features import Extracted
 from .intervals import compare, interval, Score, score_value
 from .tasks import Job, TASKS
-from ..files import shown, write_json
+from ..files import shown, write_file, write_json
 
 # %% ../../nbs/5_evaluation/14_report.ipynb #d154e22c
 def result_rows(
@@ -127,7 +129,7 @@ class Report:
         write_report(self)
         for name,figure in figures.items():
             path = self.folder/f'{slug(data.name)}-{slug(job.model)}-{name}.png'
-            figure.savefig(path, dpi=110, bbox_inches='tight')
+            write_file(path, partial(figure.savefig, dpi=110, bbox_inches='tight'))
 
 # %% ../../nbs/5_evaluation/14_report.ipynb #75e4852a
 def write_report(
@@ -139,7 +141,7 @@ def write_report(
     about = [f'- {name}: {value}' for name,value in report.about.items()]
     if not report.finished: about.append('- **not finished**: the evaluation was stopped, or runs')
     text = '\n'.join([*about, *['']*bool(about), markdown_table(record['rows']), ''])
-    (report.folder/'results.md').write_text(text, encoding='utf8')
+    write_file(report.folder/'results.md', lambda part: part.write_text(text, encoding='utf8'))
 
 def show_report(
     report:Report, # A report with all its results
@@ -149,7 +151,7 @@ def show_report(
     for name in dict.fromkeys(r['data'] for r in rows):
         figure = score_figure([r for r in rows if r['data'] == name])
         path = report.folder/f'{slug(name)}-scores.png'
-        figure.savefig(path, dpi=110, bbox_inches='tight')
+        write_file(path, partial(figure.savefig, dpi=110, bbox_inches='tight'))
     if report.quiet: return
     lost = [f'{len(rows)} rows of {name}, split {split}, were skipped; results.json says which '
             f'and why' for name,splits in report.skipped.items() for split,rows in splits.items()]
@@ -171,6 +173,16 @@ def finish_report(
                   if report.rows else '')
         raise ValueError(report.faults[0] + failed)
     return record
+
+def stopped(
+    report:Report|None, # A report with some results, or none yet
+) -> str: # For the sentence about Ctrl-C or SIGTERM
+    "What is done, and where it is; a folder in which nothing is goes."
+    done = sum(map(len, report.scores.values())) if report else 0
+    if done: return f"{done} task{'s'*(done > 1)} done, the results are in {shown(report.folder)}"
+    if report and report.main:
+        with suppress(OSError): report.folder.rmdir()
+    return 'no task was done yet'
 
 def run_task(
     task:str, # One of `TASKS`

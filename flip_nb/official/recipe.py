@@ -9,7 +9,7 @@ __all__ = ['VIRTUAL_EPOCH', 'OFFICIAL', 'OFFICIAL_DATA', 'OFFICIAL_TUNING', 'TRA
 # %% ../../nbs/6_official/01_recipe.ipynb #95c70b46
 from pathlib import Path
 from huggingface_hub import hf_hub_download
-from ..core import nearest
+from ..core import hub_once, may_be_on_hub, nearest
 from ..loop import scaled_lr
 from ..text import CaptionTokenizer
 
@@ -86,9 +86,10 @@ def load_tokenizer(
     if path.is_dir() or (path.is_file() and path.suffix == '.json'):
         return CaptionTokenizer.from_file(path)
     if not path.is_file():
-        if path.suffix in ('.txt', '.json'):
+        if not may_be_on_hub(str(vocab)):
             raise ValueError(f"there is no vocabulary file {str(vocab)!r}")
-        try: path = hf_hub_download(str(vocab), 'vocab.txt')
+        try:
+            with hub_once(): path = hf_hub_download(str(vocab), 'vocab.txt')
         except Exception as e:
             raise ValueError(f"{str(vocab)!r} is neither a file nor a folder, and a vocab.txt of "
                              f"that name could not be fetched from the Hugging Face hub "

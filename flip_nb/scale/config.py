@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'data_text', 'DataConfig', 'ModelConfig', 'ObjectiveConfig', 'MaskingConfig', 'StageConfig', 'OptimConfig',
            'MachineConfig', 'SaveConfig', 'LogConfig', 'TrainConfig', 'changed', 'default_preset', 'check_objective',
-           'check_together', 'resolve', 'stages_of', 'fill_in_steps', 'resume_config', 'remember_data']
+           'check_together', 'resolve', 'stages_of', 'fill_in_steps', 'resume_config', 'begin_run', 'remember_data']
 
 # %% ../../nbs/7_scale/04b_config.ipynb #5d94709a
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from ..loop import Stage, plan_stages, scaled_lr
 from ..objectives.family import PAIRS, split_objective
 from ..official.recipe import OFFICIAL_TUNING, get_recipe, virtual_steps
-from ..files import absolute_path, local_name, local_names, read_json, shown, write_json
-from .options import build, check, enter, flatten, option, resumable
+from ..files import (
+    absolute_path, find_again, local_name, local_names, read_json, shown, write_json)
+from .options import (
+    build, check, enter, flatten, option, options_of, resumable)
 
 # %% ../../nbs/7_scale/04b_config.ipynb #9f7cf10d
 def data_text(
@@ -68,6 +71,9 @@ class ModelConfig:
     # Most word pieces of a vocabulary that is learned from the captions, also where a recipe has
     # another; default: 4096
     vocab_size:int|None = option(None, least=1)
+    # Leave the accents in captions, for a vocabulary that is learned from them; default: drop them,
+    # as BERT does
+    keep_accents:bool = option(False)
 
 # %% ../../nbs/7_scale/04b_config.ipynb #0dac939e
 @dataclass(frozen=True)
@@ -231,10 +237,10 @@ def check_together(
     if {'init', 'vocab'} <= chosen:
         raise ValueError("give either --init or --vocab, not both: a trained model keeps its "
                          "vocabulary")
-    if 'vocab_size' in chosen and chosen & {'init', 'vocab'}:
-        raise ValueError("--vocab_size is for a vocabulary that is learned from the captions; it "
-                         "goes "
-                         "with neither --init nor --vocab")
+    for name in ('vocab_size', 'keep_accents'):
+        if o[name] and chosen & {'init', 'vocab'}:
+            raise ValueError(f"--{name} is for a vocabulary that is learned from the captions; it "
+                             "goes with neither --init nor --vocab")
     if not str(o['recipe']).endswith('-tune'): return
     if o['tune_steps']:
         raise ValueError(f"--recipe {o['recipe']} is a tuning itself: give --steps for its length, "
@@ -256,7 +262,7 @@ def resolve(
     check_together(config)
     o |= {k: v for k,v in (DEFAULTS | recipe | explicit).items() if k in o}
     if recipe and 'lr' not in explicit: o['lr'] = scaled_lr(recipe['base_lr'], o['batch_size'])
-    if 'vocab_size' in explicit or o['init']: o['vocab'] = None
+    if 'vocab_size' in explicit or o['keep_accents'] or o['init']: o['vocab'] = None
     if not o['init'] and not o['preset']: o['preset'] = default_preset(o['data'])
     return build(TrainConfig, o)
 
@@ -293,21 +299,50 @@ def fill_in_steps(
 def resume_config(
     values:dict, # Flat name to value, defaults included; has 'resume'
     chosen:set[str], # Names of those that somebody gave
-) -> TrainConfig|None: # The options of the run in the folder; None where there is none yet
+    Config:type=TrainConfig, # Dataclass of the options
+    file:str='train_config.json', # Where the run folder keeps them
+): # Instance of `Config`: the options of the run in the folder; None where there is none yet
     "Look up what a run was started with."
-    path = Path(values['resume'])/'train_config.json'
+    path = Path(values['resume'])/file
     if not path.exists(): return None
-    stored = enter(TrainConfig, read_json(path))
-    if values['mixed_precision'] == 'auto': chosen = chosen - {'mixed_precision'}  # settled by then
-    for name in sorted(chosen):
-        if name in resumable(TrainConfig): stored[name] = values[name]
+    stored,known = read_json(path),options_of(Config)
+    if isinstance(data := stored.get('data'), str):
+        door = known['data'][0].metadata['path']
+        stored['data'] = find_again(data, path.parent, door, 'data' not in chosen)
+    stored = enter(Config, stored)
+    settled = {k for k in ('run', 'mixed_precision') if values.get(k) in (None, 'auto')}
+    for name in sorted(chosen - settled):
+        if name in resumable(Config): stored[name] = values[name]
         elif stored.get(name) != values[name]:
+            typed = name if known[name][0].metadata['positional'] else f'--{name}'
             raise ValueError(
-                f"the run in {shown(path.parent)!r} was started with --{name} "
-                f"{stored.get(name)!r}, not {values[name]!r}; leave --{name} away, or start "
-                "another run")
+                f"the run in {shown(path.parent)!r} was started with {typed} "
+                f"{stored.get(name)!r}, not {values[name]!r}; leave it away, or start another run")
     stored |= dict(out=str(path.parent), resume=str(values['resume']))
-    return build(TrainConfig, values | stored)
+    return build(Config, values | stored)
+
+def begin_run(
+    values:dict, # Flat name of every option to its value
+    chosen:set[str], # Names of those that somebody gave
+    run, # Function (options) that starts or continues a run and returns its results
+    settle=lambda config: config, # Function that completes the options of a new run
+    **kind, # `Config` and `file` of `resume_config`
+) -> dict: # What is in results.json
+    "Start a run, or resume one; a finished one is only read."
+    resume,out,Config = values['resume'],values['out'],kind.get('Config', TrainConfig)
+    if resume is None: return run(settle(build(Config, values)))
+    if out not in (None, resume):
+        raise ValueError(f"--resume {shown(resume)} continues in its own folder: leave --out "
+                         f"{shown(out)} away")
+    if (config := resume_config(values, chosen, **kind)) is None:
+        if 'data' not in chosen:
+            raise ValueError(f"there is no run in {shown(resume)!r} to resume; to start one "
+                             "there, give --data too")
+        return run(settle(build(Config, values | dict(out=resume, resume=None))))
+    if not (done := Path(resume)/'results.json').exists(): return run(config)
+    if not values['quiet'] and os.environ.get('RANK', '0') == '0':
+        print(f"the run in {shown(resume)} is finished; its results are in {shown(done)}")
+    return read_json(done)
 
 def remember_data(
     folder:str|Path, # Run folder

@@ -267,7 +267,8 @@ def new_model(
         tokenizer = load_tokenizer(config.vocab)
         rows = max(preset_config(config.preset).vocab_size, tokenizer.vocab_size)
     else:
-        tokenizer = CaptionTokenizer.train(captions(), config.vocab_size)
+        tokenizer = CaptionTokenizer.train(captions(), config.vocab_size,
+                                           keep_accents=config.keep_accents)
         rows = tokenizer.vocab_size
     flip = FLIP.from_preset(config.preset, vocab_size=rows)
     flip.tokenizer = tokenizer                                  # saved with the weights

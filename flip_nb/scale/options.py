@@ -21,7 +21,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_da
 from functools import cache
 from pathlib import Path
 from ..core import nearest
-from ..distributed import is_ours
+from ..distributed import is_ours, signals_end
 from ..files import absolute_path
 
 # %% ../../nbs/7_scale/03_options.ipynb #3251a9c9
@@ -320,15 +320,13 @@ def run_command(
     "Run a command; what a user can mend is one sentence."
     for stream in (sys.stdout, sys.stderr):                     # a terminal that knows ASCII only
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
-    try: work()
-    except ValueError as e:
-        if not is_ours(e): raise
-        text = str(e).replace(os.path.join(os.getcwd(), ''), '')   # paths as they were typed
-        raise SystemExit(f'{prog}: {text}') from e
-    except tuple(exits or ()) as e:
-        print(f'{prog}: {e}', file=sys.stderr)
-        atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # the exit code is settled
-        sys.exit(next(code for kind,code in exits.items() if isinstance(e, kind)))
-    except KeyboardInterrupt as e:
-        print(f'{prog}: stopped by Ctrl-C', file=sys.stderr)
-        raise SystemExit(130) from e
+    with signals_end(prog):
+        try: work()
+        except ValueError as e:
+            if not is_ours(e): raise
+            text = str(e).replace(os.path.join(os.getcwd(), ''), '')   # paths as they were typed
+            raise SystemExit(f'{prog}: {text}') from e
+        except tuple(exits or ()) as e:
+            print(f'{prog}: {e}', file=sys.stderr)
+            atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)    # the code is settled
+            sys.exit(next(code for kind,code in exits.items() if isinstance(e, kind)))
