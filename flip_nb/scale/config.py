@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'data_text', 'DataConfig', 'ModelConfig', 'ObjectiveConfig', 'MaskingConfig', 'StageConfig', 'OptimConfig',
-           'MachineConfig', 'SaveConfig', 'LogConfig', 'TrainConfig', 'changed', 'default_preset', 'check_objective',
-           'check_together', 'resolve', 'stages_of', 'fill_in_steps', 'resume_config', 'begin_run', 'remember_data']
+           'MachineConfig', 'SaveConfig', 'LogConfig', 'TrainConfig', 'changed', 'default_preset', 'check_together',
+           'resolve', 'stages_of', 'fill_in_steps', 'resume_config', 'begin_run', 'remember_data']
 
 # %% ../../nbs/7_scale/04b_config.ipynb #5d94709a
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from ..loop import Stage, plan_stages, scaled_lr
-from ..objectives.family import PAIRS, split_objective
+from ..objectives.family import check_objective
 from ..official.recipe import OFFICIAL_TUNING, get_recipe, virtual_steps
 from ..files import (
     absolute_path, find_again, local_name, local_names, read_json, shown, write_json)
@@ -204,22 +204,6 @@ def default_preset(
 ) -> str: # Name of a preset
     "The model for those who do not choose one."
     return 'tiny' if data == 'scenes' else 'mini'
-
-def check_objective(
-    options:dict, # Flat name of every option to its value
-):
-    "Raise one sentence about an option that the objective has no use for."
-    o,names = options,split_objective(options['objective'])
-    for name in ('nouns', 'min_count'):
-        if o[name] is not None and 'nouns' not in names:
-            raise ValueError(f"--{name} {o[name]} is for the objective nouns: give --objective "
-                             f"nouns or {o['objective']}+nouns too")
-    if o['nouns'] and o['min_count'] is not None:
-        raise ValueError(f"--min_count {o['min_count']} is for nouns that are counted in the "
-                         f"training captions: leave it away, or --nouns {shown(o['nouns'])}")
-    if o['text_mask_ratio'] and not set(names) & set(PAIRS):
-        raise ValueError(f"--text_mask_ratio {o['text_mask_ratio']} masks the input of the text "
-                         f"tower, and --objective {o['objective']} has none")
 
 def check_together(
     config:TrainConfig, # Options, as given
