@@ -17,7 +17,7 @@ from ..distributed import in_turns
 from .answers import (
     answer_chance, answer_recall, image_prints, match_answers, shared_line)
 from ..model import FLIP, to_float
-from ..objectives.family import name_scores, noun_encoder
+from ..objectives.family import name_scores, noun_vocabulary
 from ..scenes import CLASSES, Scenes
 from ..text import CaptionTokenizer
 from ..zero_shot import (
@@ -52,7 +52,7 @@ def noun_precision(
 ) -> dict: # 'nouns': 'mAP', 'chance' and the number of 'labels'; empty without nouns
     "Mean average precision over the nouns that some caption has."
     if 'nouns' not in model.heads: return {}
-    encode = noun_encoder(model.labels['nouns'])
+    encode = noun_vocabulary(model.labels['nouns']).encode
     target = torch.zeros(len(features), len(model.labels['nouns']), dtype=torch.bool)
     for row,captions in zip(target, texts):
         found = encode(captions)

@@ -28,7 +28,7 @@ from ..loop import (
     Stage, Step, TrainingDiverged, full, towers, training_steps)
 from ..loss import clamped_exp
 from ..model import FLIP
-from ..objectives.family import noun_encoder, objective_of, split_objective
+from ..objectives.family import noun_vocabulary, objective_of, split_objective
 from .accumulate import checkpoint_blocks, compile_towers
 from .beside import Evaluations
 from .checkpoint import StopRequest, agree
@@ -108,7 +108,8 @@ def open_loader(
 ) -> DataLoader: # Batches of this process, from the next step on
     "The batches that are still to come."
     flip,text = run.model,config.masking.text_mask_ratio
-    nouns = noun_encoder(flip.labels['nouns']) if 'nouns' in flip.heads else None
+    known = flip.labels.get('nouns')
+    nouns = noun_vocabulary(known).encode if known else None
     collate = Collate(flip.tokenizer, flip.config.padding_mask and not text, nouns)
     noise = noise_sizes(flip, text)
     if not config.data.stream:
