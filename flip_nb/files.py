@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUN_MARKS', 'LOCK', 'sync', 'sync_folder', 'write_file', 'write_json', 'read_json', 'file_hash', 'seal',
            'make_folder', 'write_folder', 'folder_fault', 'absolute_path', 'shown', 'local_name', 'absolute_pattern',
-           'is_there', 'split_names', 'find_again', 'local_names', 'log_files', 'new_run_folder', 'append_line',
+           'is_there', 'split_names', 'local_names', 'find_again', 'log_files', 'new_run_folder', 'append_line',
            'read_lines', 'LogFile', 'lock_folder']
 
 # %% ../nbs/4_data/00_files.ipynb #970ac855
@@ -187,6 +187,16 @@ def split_names(
         names.append(','.join(parts[:n]).strip()); del parts[:n]
     return [name for name in names if name]
 
+def local_names(
+    names:str|Path|list, # One, several with commas between them, or a list
+    known=(), # Names that stay, also where a folder is called so
+) -> list[str]: # One by one
+    "Tell paths from names, for several."
+    if not isinstance(names, (list, tuple)):
+        names = split_names(names) if isinstance(names, str) else [names]
+    return [local_name(name, known) for name in names]
+
+# %% ../nbs/4_data/00_files.ipynb #f19da002
 def find_again(
     text:str, # What a run stored as its data; old runs stored it as it was typed
     folder:str|Path, # Run folder
@@ -205,15 +215,6 @@ def find_again(
     if not (must and paths): return here
     raise ValueError(f"the data of the run in {shown(folder)!r}, {paths[0]!r}, are neither here nor "
                      "beside the run; say with --data where they are")
-
-def local_names(
-    names:str|Path|list, # One, several with commas between them, or a list
-    known=(), # Names that stay, also where a folder is called so
-) -> list[str]: # One by one
-    "Tell paths from names, for several."
-    if not isinstance(names, (list, tuple)):
-        names = split_names(names) if isinstance(names, str) else [names]
-    return [local_name(name, known) for name in names]
 
 # %% ../nbs/4_data/00_files.ipynb #9c701d81
 RUN_MARKS = ('train_config.json', 'finetune_config.json')        # what a run writes first

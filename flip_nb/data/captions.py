@@ -125,7 +125,7 @@ def caption_report(
         lines.append(f"{share(strange)} hold words that the vocabulary does not know, "
                      f"such as {example!r:.60}")
     if len(bare) > len(some)/100:
-        lines.append(f"{share(len(bare))} lose their accents, such as {bare[0]!r:.60}; a vocabulary "
-                     "that is learned with --keep_accents has them")
+        lines.append(f"{share(len(bare))} lose their accents, such as {bare[0]!r:.60}; a "
+                     "vocabulary that is learned with --keep_accents has them")
     if cut > len(some)/100: lines.append(f"{share(cut)} are longer than the context and are cut")
     return lines

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'data_text', 'DataConfig', 'ModelConfig', 'ObjectiveConfig', 'MaskingConfig', 'StageConfig', 'OptimConfig',
            'MachineConfig', 'SaveConfig', 'LogConfig', 'TrainConfig', 'changed', 'default_preset', 'check_together',
-           'resolve', 'stages_of', 'fill_in_steps', 'resume_config', 'begin_run', 'remember_data']
+           'resolve', 'stages_of', 'fill_in_steps', 'resume_config', 'remember_data', 'begin_run']
 
 # %% ../../nbs/7_scale/04b_config.ipynb #5d94709a
 import os
@@ -292,7 +292,8 @@ def resume_config(
     stored,known = read_json(path),options_of(Config)
     if isinstance(data := stored.get('data'), str):
         door = known['data'][0].metadata['path']
-        stored['data'] = find_again(data, path.parent, door, 'data' not in chosen)
+        needed = 'data' not in chosen and not path.with_name('results.json').exists()
+        stored['data'] = find_again(data, path.parent, door, needed)
     stored = enter(Config, stored)
     settled = {k for k in ('run', 'mixed_precision') if values.get(k) in (None, 'auto')}
     for name in sorted(chosen - settled):
@@ -305,6 +306,16 @@ def resume_config(
     stored |= dict(out=str(path.parent), resume=str(values['resume']))
     return build(Config, values | stored)
 
+def remember_data(
+    folder:str|Path, # Run folder
+    config:TrainConfig, # Options of the resumed run
+):
+    "Where the data were moved: who resumes or evaluates the run next finds them."
+    stored = read_json(path := Path(folder)/'train_config.json')
+    if stored.get('data') != config.data.data:
+        write_json(path, stored | dict(data=config.data.data))
+
+# %% ../../nbs/7_scale/04b_config.ipynb #be61a002
 def begin_run(
     values:dict, # Flat name of every option to its value
     chosen:set[str], # Names of those that somebody gave
@@ -327,12 +338,3 @@ def begin_run(
     if not values['quiet'] and os.environ.get('RANK', '0') == '0':
         print(f"the run in {shown(resume)} is finished; its results are in {shown(done)}")
     return read_json(done)
-
-def remember_data(
-    folder:str|Path, # Run folder
-    config:TrainConfig, # Options of the resumed run
-):
-    "Where the data were moved: who resumes or evaluates the run next finds them."
-    stored = read_json(path := Path(folder)/'train_config.json')
-    if stored.get('data') != config.data.data:
-        write_json(path, stored | dict(data=config.data.data))
