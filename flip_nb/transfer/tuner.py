@@ -36,7 +36,7 @@ from ..scale.run import (
 from ..scale.setup import explain_divergence, make_accelerator, prepare_model
 from ..scale.trainer import progress_bar
 from .classifier import (
-    ImageClassifier, layer_groups, set_drop_path, zero_shot_head)
+    ImageClassifier, layer_groups, set_drop_path, start_from_nouns, zero_shot_head)
 from flip_nb.transfer.labelled import (
     Labelled, LabelledConfig, classification_loss, collate_labelled, evaluate_classifier,
     open_labelled)
@@ -45,7 +45,7 @@ from flip_nb.transfer.labelled import (
 @dataclass(frozen=True)
 class StartConfig:
     "Where the classifier begins."
-    # How the head starts: from the class names, or from zeros
+    # How the head starts: from the class names (by the text tower, or the nouns it learned), or zeros
     head:str = option('zero_shot', choices=('zero_shot', 'zeros'))
     # Start the tower from random weights instead, for comparison
     scratch:bool = option(False)
@@ -147,6 +147,7 @@ def make_classifier(
     else: model = ImageClassifier.from_flip(flip, names)
     set_drop_path(model.image_encoder, config.tuning.drop_path)
     if start.head == 'zeros': return model
+    if flip.text_encoder is None: return start_from_nouns(model, flip)
     if flip.tokenizer is None:
         raise ValueError(f"{str(config.run)!r} has no tokenizer, so the head cannot start from "
                          "words; give --head zeros")
