@@ -31,7 +31,7 @@ every_notebook = pytest.mark.parametrize('path', notebooks, ids=lambda p: p.rela
 method = 'core masking transformer vision text loss card model scenes zero_shot loop'.split()
 layers = {**dict.fromkeys(method, 0), 'files': 1, 'distributed': 1, 'data': 2, 'objectives': 3, 'strategies': 3, 'official': 3,
           'evaluation': 4, 'scale': 5, 'transfer': 6}
-commands = 'train evaluate finetune bench plan search'.split()
+commands = 'train evaluate finetune bench nouns plan search'.split()
 layers |= dict.fromkeys(commands, 7)
 longer = {}    # module -> why it may have more than 350 lines
 

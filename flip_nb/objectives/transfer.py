@@ -76,7 +76,7 @@ def describe_matches(
     if none: lines.append(f"{len(none)} have none, such as {none[0].name!r}")
     return lines
 
-# %% ../../nbs/3_objectives/06_transfer.ipynb #8f24867e
+# %% ../../nbs/3_objectives/06_transfer.ipynb #dbb2a3c5
 def transfer_rows(
     head_weight:Tensor, # Of the classifier of nouns (C, D)
     head_bias:Tensor, # Of the classifier of nouns (C,)
@@ -86,8 +86,8 @@ def transfer_rows(
 ) -> tuple[Tensor,Tensor]: # Weights (M, D) and biases (M,) of a new classifier
     "Start from the nearest nouns (Mehta et al. 2024, Transfer Init)."
     check_matches(matches, len(head_weight))
-    weight = head_weight.new_empty(len(matches), head_weight.shape[1])
-    weight = weight.normal_(generator=generator)*std
+    weight = head_weight.new_zeros(len(matches), head_weight.shape[1])
+    if std: weight.normal_(0, std, generator=generator)
     bias,found = head_bias.new_zeros(len(matches)),[bool(m.classes) for m in matches]
     with torch.no_grad():
         for i,m in enumerate(matches):
