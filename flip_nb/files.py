@@ -213,8 +213,8 @@ def find_again(
     paths = [n for n in split_names(text)
              if not os.path.isabs(n) and '://' not in n and not may_be_on_hub(n)]
     if not (must and paths): return here
-    raise ValueError(f"the data of the run in {shown(folder)!r}, {paths[0]!r}, are neither here nor "
-                     "beside the run; say with --data where they are")
+    raise ValueError(f"the data of the run in {shown(folder)!r}, {paths[0]!r}, are neither here "
+                     "nor beside the run; say with --data where they are")
 
 # %% ../nbs/4_data/00_files.ipynb #9c701d81
 RUN_MARKS = ('train_config.json', 'finetune_config.json')        # what a run writes first
