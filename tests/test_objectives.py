@@ -1,19 +1,23 @@
-<<<<<<< HEAD
 "Objectives through the trainer: resumed, in pieces, streamed, read back, and refused in one sentence."
 import json, shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from flip_nb.evaluate import evaluate
+from flip_nb.loss import clamped_exp, info_nce, normalize
 from flip_nb.model import FLIP
 from flip_nb.objectives.family import Objective, fit_model, split_objective
+from flip_nb.objectives.sigmoid import sigmoid_loss
 from flip_nb.objectives.vocabulary import count_nouns
+from flip_nb.objectives.words import row_word_loss, word_loss, word_weights
 from flip_nb.official.openclip import OpenCLIPModel
+from flip_nb.scale.accumulate import cached_backward, split_batch
 from flip_nb.scale.checkpoint import checkpoints
 from flip_nb.train import train
-from small import make_pairs, tiny_flip
+from small import WORDS, make_pairs, rng, tiny_flip
 
 TEXTS = ['a red dog', 'a blue bird on a tree', 'two dogs', 'a tree and a house', 'very red']
 KINDS = 'sigmoid', 'words', 'nouns', 'infonce+words+nouns'
@@ -116,17 +120,6 @@ def test_a_vocabulary_of_another_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match='nouns of another vocabulary .*leave --nouns away'):
         train(dataset=data(), model=FLIP.from_pretrained(tmp_path/'first'), objective='nouns', nouns=str(tmp_path/'other.parquet'),
               out=str(tmp_path/'second'), **QUIET)
-=======
-"Objectives with parts of the package that stand above them: batches in parts."
-import pytest
-import torch
-from torch import nn
-
-from flip_nb.loss import clamped_exp, info_nce, normalize
-from flip_nb.objectives.sigmoid import sigmoid_loss
-from flip_nb.objectives.words import row_word_loss, word_loss, word_weights
-from flip_nb.scale.accumulate import cached_backward, split_batch
-from small import WORDS, rng, tiny_flip
 
 
 class Worded(nn.Module):
@@ -179,4 +172,3 @@ def test_words_alone_in_parts_are_plainly_added():
     whole, = torch.autograd.grad(word_loss(logits, ids, weights), logits)
     parts = sum(word_loss(z, i, weights)*len(i)/6 for z,i in zip(logits.split(4), ids.split(4)))
     torch.testing.assert_close(torch.autograd.grad(parts, logits)[0], whole, rtol=0, atol=1e-15)
->>>>>>> pairs
