@@ -154,6 +154,7 @@ def save(self:NounVocabulary,
     finally:
         with suppress(OSError): part.unlink(missing_ok=True)
 
+# %% ../../nbs/3_objectives/05_vocabulary.ipynb #e58a1740
 def table_fault(
     table, # `pyarrow.Table`
     notes:dict, # What the file says beside it
