@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..files import shown, sync
 from .nouns import caption_nouns
 from .wordnet import synset_name, synset_number
