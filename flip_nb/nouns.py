@@ -42,6 +42,7 @@ class NounOptions:
     # no progress bar and no table
     quiet:bool = option(False)
 
+# %% ../nbs/3_objectives/07_nouns.ipynb #2d12e85d
 def pair_captions(
     pairs:Pairs, # Images with captions
     at_a_time:int=10_000, # Rows whose captions are read together
@@ -90,8 +91,8 @@ def make_vocabulary(
     for i in sorted({0, 1, 2, last//2, last}):
         print(f'{i:6} {kept.keys[i]} {kept.counts[i]:9,} {kept.names[i]:20.20} '
               f'{kept.examples[i]!r:.60}')
-    print(f'{len(kept):,} classes in {shown(options.out)}: {kept.labelled:.2%} of the captions have '
-          f'a label, {kept.labels_per_caption:.2f} on average')
+    print(f'{len(kept):,} classes in {shown(options.out)}: {kept.labelled:.2%} of the captions '
+          f'have a label, {kept.labels_per_caption:.2f} on average')
     return kept
 
 def main():

@@ -22,7 +22,8 @@ def clean_caption(
     caption:str, # As it was stored
 ) -> str: # In lower case, without tags and escapes
     "Make a caption fit to be tagged (Mehta et al. 2024, released code)."
-    if not isinstance(caption, str): raise ValueError(f"a caption must be text, got {caption!r:.60}")
+    if not isinstance(caption, str):
+        raise ValueError(f"a caption must be text, got {caption!r:.60}")
     text = unquote(caption[:MOST_TEXT]).replace('+', ' ')
     text = re.sub(r'</?[a-zA-Z!][^<>]*>', ' ', text)
     if not text.isascii() or '&' in text:
@@ -77,6 +78,7 @@ def check_labels(
         raise ValueError(f"labels must be from -1 to {logits.shape[1] - 1}, got "
                          f"{low if low < -1 else high}; is the vocabulary that of this head?")
 
+# %% ../../nbs/3_objectives/04_nouns.ipynb #8dbad626
 class LabelLoss(torch.autograd.Function):
     "Sum of softplus(logits) minus the logits of the labels; the way back has one matrix only."
     @staticmethod

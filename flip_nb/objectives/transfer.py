@@ -71,8 +71,8 @@ def describe_matches(
     if near:
         m = min(near, key=lambda m: m.similarity)
         nouns = ' and '.join(synset_name(vocabulary.keys[i]) for i in m.classes[:3])
-        lines.append(f"{len(near)} take the nearest nouns; the farthest is {m.name!r} from {nouns}, "
-                     f"with a path similarity of {m.similarity:.2f}")
+        lines.append(f"{len(near)} take the nearest nouns; the farthest is {m.name!r} from "
+                     f"{nouns}, with a path similarity of {m.similarity:.2f}")
     if none: lines.append(f"{len(none)} have none, such as {none[0].name!r}")
     return lines
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..files import shown, sync
 from .nouns import caption_nouns
 from .wordnet import synset_name, synset_number
@@ -154,6 +154,7 @@ def save(self:NounVocabulary,
     finally:
         with suppress(OSError): part.unlink(missing_ok=True)
 
+# %% ../../nbs/3_objectives/05_vocabulary.ipynb #e58a1740
 def table_fault(
     table, # `pyarrow.Table`
     notes:dict, # What the file says beside it

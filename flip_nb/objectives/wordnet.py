@@ -87,7 +87,7 @@ def ancestors(
 ) -> dict[int,int]: # Ancestor, itself included, to the fewest steps up to it
     "All concepts above a concept; the result is kept, so leave it as it is."
     parents,steps,wave = load_wordnet().hypernyms,{number: 0},[number]
-    while wave:                                                 # level by level: the fewest come first
+    while wave:                                                 # level by level, fewest first
         above = dict.fromkeys(p for n in wave for p in parents[n] if p not in steps)
         steps |= dict.fromkeys(above, steps[wave[0]] + 1)
         wave = list(above)
