@@ -38,7 +38,7 @@ def noun_tagger(): # Function (text) -> list of (word, part of speech)
     try: from textblob.en import tag
     except ImportError as e:
         raise ValueError("nouns are found by the package textblob; run "
-                         "pip install 'flip_nb[nouns]'") from e
+                         "pip install textblob") from e
     return tag
 
 # %% ../../nbs/3_objectives/04_nouns.ipynb #8a11f8a4
