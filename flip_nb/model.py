@@ -178,13 +178,13 @@ class FLIP(nn.Module, ModelHubMixin):
         "Build a model by name."
         return cls(preset_config(name, **changes))
 
-    @property
-    def num_patches(self) -> int: # Patches of a whole image, `N`, which masking chooses from
-        "Columns of the noise for the image tower."
-        if self.config.timm_model: return self.image_encoder.vit.patch_embed.num_patches
-        return (self.config.image_size//self.config.patch_size)**2
-
 # %% ../nbs/1_method/06_model.ipynb #b2c0de02
+@patch(as_prop=True)
+def num_patches(self:FLIP) -> int: # Patches of a whole image, `N`, which masking chooses from
+    "Columns of the noise for the image tower."
+    if self.config.timm_model: return self.image_encoder.vit.patch_embed.num_patches
+    return (self.config.image_size//self.config.patch_size)**2
+
 @patch
 def project(self:FLIP,
     pooled:Tensor, # Image features of the tower (B, D)

@@ -147,6 +147,7 @@ def sample_captions(
     else: values = pairs.rows.select_columns([column]).select(chosen)[:][column]
     return [texts[0] for i,v in zip(chosen, values) if (texts := pairs.texts(i, v))]
 
+# %% ../../nbs/4_data/03_pairs.ipynb #a90b6516
 class Collate:
     "Stack images and tokenize captions."
     def __init__(self,

@@ -313,6 +313,7 @@ def check_tower(
                          f"{'+'.join(flip.heads)} alone; choose --tasks zero_shot, knn or "
                          "linear_probe, on data with labels")
 
+# %% ../../nbs/5_evaluation/13_tasks.ipynb #cfa58571
 def plan(
     tasks:list[str]|None, # Tasks asked for; None: those of `QUICK` that fit
     data:list[TestSet], # Data sets

@@ -106,6 +106,7 @@ def start_heads(
         flip.labels['nouns'] = list(vocabulary.keys)
         flip.heads['nouns'].bias.copy_(vocabulary.log_odds())
 
+# %% ../../nbs/3_objectives/08_family.ipynb #e0a397f9
 def fit_model(
     flip:FLIP, # A model with its tokenizer
     objective:str, # Such as 'nouns' or 'infonce+words'
@@ -166,6 +167,7 @@ def pair_loss(
     loss = global_sigmoid_loss if 'sigmoid' in objective.names else global_info_nce
     return loss(*features, chunk_size=objective.chunk_size)
 
+# %% ../../nbs/3_objectives/08_family.ipynb #9991c38f
 def label_loss(
     objective:Objective, # One with labels
     logits:dict[str,Tensor], # Head to its logits (B, labels)

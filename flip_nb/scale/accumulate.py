@@ -113,6 +113,7 @@ def cached_backward(
     set_generator_states(after)
     return value
 
+# %% ../../nbs/7_scale/02_accumulate.ipynb #39508dec
 def summed_backward(
     model, # Function that returns the loss of a part, as its share of the whole
     micro_batches:list[dict], # Its arguments, part by part

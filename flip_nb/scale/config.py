@@ -114,6 +114,7 @@ class StageConfig:
     # Peak learning rate of tuning; default: a tenth of --lr
     tune_lr:float|None = option(None, least=0)
 
+# %% ../../nbs/7_scale/04b_config.ipynb #6d1adfd2
 @dataclass(frozen=True)
 class OptimConfig:
     "What one step does."
@@ -157,6 +158,7 @@ class SaveConfig:
     # the last one of a run has to be written
     on_save_error:str = option('go_on', choices=('go_on', 'stop'), resume=True)
 
+# %% ../../nbs/7_scale/04b_config.ipynb #9d6b384e
 @dataclass(frozen=True)
 class LogConfig:
     "What to report."

@@ -318,6 +318,7 @@ def with_objective(
                   f"{vocabulary.labels_per_caption:.1f} each")
     return fit_model(flip, o.objective, vocabulary, captions)
 
+# %% ../../nbs/7_scale/04c_loader.ipynb #ff558452
 def open_model_and_data(
     accelerator:Accelerator, # Where to run
     config:TrainConfig, # Options

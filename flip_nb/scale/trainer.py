@@ -181,6 +181,7 @@ def progress_bar(
     return tqdm(total=stage.steps, initial=done, desc=stage.name, unit='step', disable=hidden,
                 mininterval=1 if live else 30)
 
+# %% ../../nbs/7_scale/05_trainer.ipynb #cd65896a
 def bar_text(
     line:dict, # What `log_line` returned
 ) -> str: # What stands beside the progress bar
@@ -238,10 +239,9 @@ def open_run(
     start_trackers(run, c)
     if path and a.is_main_process: publish(path, run.folder)    # a kill may have come just before
     loader = open_loader(run, c, data)
-    names = split_objective(c.objectives.objective)
-    backward = partial(objective_backward, text_mask_ratio=k.text_mask_ratio,
-                       text_mask_order=k.text_mask_order, micro_batch=c.optim.micro_batch,
-                       objective=objective_of(flip, names, c.optim.loss_chunk or None))
+    goal = objective_of(flip, split_objective(c.objectives.objective), c.optim.loss_chunk or None)
+    backward = partial(objective_backward, objective=goal, text_mask_ratio=k.text_mask_ratio,
+                       text_mask_order=k.text_mask_order, micro_batch=c.optim.micro_batch)
     set_seed(c.seed + 1 + a.process_index)
     return Parts(c, run, loader, evaluations, checkpoints, skipped, backward, saved, lock)
 

@@ -45,7 +45,8 @@ from flip_nb.transfer.labelled import (
 @dataclass(frozen=True)
 class StartConfig:
     "Where the classifier begins."
-    # How the head starts: from the class names (by the text tower, or the nouns it learned), or zeros
+    # How the head starts: from the class names, by the text tower or by the nouns that the model
+    # learned, or from zeros
     head:str = option('zero_shot', choices=('zero_shot', 'zeros'))
     # Start the tower from random weights instead, for comparison
     scratch:bool = option(False)
