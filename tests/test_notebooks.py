@@ -3,15 +3,14 @@
 `nbdev_test` reports success for a notebook of which it ran nothing. So each one is run by itself here, has to end
 with the line `Success.`, and is searched for the ways in which cells are left out without a word.
 """
-import multiprocessing, os, re, signal, sys
-from contextlib import redirect_stderr, redirect_stdout
-from multiprocessing import forkserver
+import multiprocessing, os, re, signal
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from execnb.nbio import read_nb
 from execute_notebooks import is_skipped, kernelspec, machine_paths, root
+from fresh import run_notebook
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.frontmatter import FrontmatterProc
@@ -38,31 +37,21 @@ def test_there_are_notebooks(): assert 'nbs/index.ipynb' in notebooks
 def fresh_process():
     """A source of fresh processes in which the slow libraries are imported already: that takes up to ten seconds, for each of
     more than a hundred notebooks. What belongs to this project is not among them."""
+    if 'forkserver' not in multiprocessing.get_all_start_methods(): return multiprocessing.get_context('spawn')    # Windows
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload('nbdev.test torch torchvision.transforms.v2 timm accelerate matplotlib.pyplot tokenizers'.split())
-    # Notebooks run side by side: one thread each, or they take the processors from one another.
-    with mock.patch.dict(os.environ, OMP_WAIT_POLICY='passive', OMP_NUM_THREADS='1'): forkserver.ensure_running()
     return context
-
-
-def run_notebook(name, output):
-    "`nbdev_test` for one notebook, in a process of its own; what it prints goes into a file."
-    from nbdev.test import nbdev_test
-    os.chdir(root)
-    os.setsid()    # its processes end with it
-    sys.argv = ['nbdev_test']
-    with open(output, 'w', buffering=1) as f, redirect_stdout(f), redirect_stderr(f):
-        nbdev_test(path=name, n_workers=0, do_print=True)
 
 
 @every_notebook
 def test_runs(name, fresh_process, tmp_path):
     output = tmp_path/'output'
-    process = fresh_process.Process(target=run_notebook, args=(name, output))
-    process.start()
+    process = fresh_process.Process(target=run_notebook, args=(name, root, output))
+    # Notebooks run side by side: one thread each, or they take the processors from one another.
+    with mock.patch.dict(os.environ, OMP_WAIT_POLICY='passive', OMP_NUM_THREADS='1'): process.start()
     process.join(timeout)
     if process.is_alive():
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, 'killpg') else process.kill()
         pytest.fail(f'{name} ran for more than {timeout} seconds')
     text = output.read_text()
     assert process.exitcode == 0, f'{name} failed\n{text[-10000:]}'
