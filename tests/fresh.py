@@ -1,5 +1,5 @@
 "A notebook in a process of its own, for test_notebooks.py. Imports nothing slow: each process has to import this module."
-import os, sys
+import multiprocessing, os, sys
 from contextlib import redirect_stderr, redirect_stdout
 
 
@@ -8,6 +8,7 @@ def run_notebook(name, root, output):
     from nbdev.test import nbdev_test
     os.chdir(root)
     if hasattr(os, 'setsid'): os.setsid()    # its processes can be ended with it
+    multiprocessing.set_start_method(None, force=True)    # as Python starts processes by itself, not as this one was started
     sys.argv = ['nbdev_test']
     with open(output, 'w', buffering=1) as f, redirect_stdout(f), redirect_stderr(f):
         nbdev_test(path=name, n_workers=0, do_print=True)

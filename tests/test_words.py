@@ -14,7 +14,7 @@ from flip_nb.scale.options import build, command_line, defaults, flatten, given,
 from flip_nb.transfer.tuner import FinetuneConfig
 
 root = Path(__file__).resolve().parent.parent
-paths = {TrainConfig: {'data', 'init', 'vocab', 'out', 'resume'}, EvaluateConfig: {'runs', 'data', 'out', 'features'},
+paths = {TrainConfig: {'data', 'init', 'vocab', 'nouns', 'out', 'resume'}, EvaluateConfig: {'runs', 'data', 'out', 'features'},
          FinetuneConfig: {'run', 'data', 'out', 'resume'}, ReportOptions: {'out'}}
 every_path = [(Config, name) for Config,names in paths.items() for name in sorted(names)]
 
