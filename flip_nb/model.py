@@ -287,9 +287,11 @@ def save_pretrained(self:FLIP,
     save_file({k: v.contiguous() for k,v in self.state_dict().items()}, weights + '.part')
     with open(config + '.part', 'w') as f: json.dump(asdict(self.config), f, indent=2)
     shutil.copymode(config + '.part', weights + '.part')    # not for one user alone
+    if self.config.heads:
+        labels = os.path.join(folder, 'labels.json')
+        with open(labels + '.part', 'w') as f: json.dump(self.labels, f)
+        os.replace(labels + '.part', labels)
     for path in (weights, config): os.replace(path + '.part', path)
-    if self.labels:
-        with open(os.path.join(folder, 'labels.json'), 'w') as f: json.dump(self.labels, f)
     if self.tokenizer: self.tokenizer.save(folder)
     if model_card_kwargs or not os.path.exists(card):
         self.generate_model_card(**(model_card_kwargs or {})).save(card)

@@ -15,12 +15,11 @@ from ..core import nearest
 from ..distributed import global_info_nce
 from ..files import shown
 from ..loop import Stage, encode_batch
-from ..loss import clamped_exp
-from ..model import FLIP, FLIPConfig
+from ..model import FLIP
 from .nouns import noun_loss
 from .sigmoid import INIT_SIGMOID_BIAS, INIT_SIGMOID_SCALE, global_sigmoid_loss
 from .transfer import match_classes, noun_logits
-from .vocabulary import NounVocabulary, count_nouns
+from .vocabulary import NounVocabulary
 from .words import word_loss, word_scores, word_weights
 
 # %% ../../nbs/3_objectives/08_family.ipynb #23e80dad
@@ -89,20 +88,22 @@ def is_in_place(
 # %% ../../nbs/3_objectives/08_family.ipynb #9431e475
 @torch.no_grad()
 def start_heads(
-    flip:FLIP, # A model with new heads; changed in place
+    flip:FLIP, # A model with new parts; changed in place
+    heads:set[str], # Which heads are new
     vocabulary:NounVocabulary|None=None, # Labels of the head 'nouns', with their counts
     captions:list[str]|None=None, # Captions, for the weights of the head 'words'
 ):
     "Labels, and where new parts start."
     if flip.config.logit_bias:
         flip.logit_bias.fill_(INIT_SIGMOID_BIAS); flip.logit_scale.fill_(INIT_SIGMOID_SCALE)
-    for name,head in flip.heads.items():
+    for name in sorted(heads):
+        head = flip.heads[name]
         nn.init.normal_(head.weight, std=.01); nn.init.zeros_(head.bias)
-    if 'words' in flip.heads:
+    if 'words' in heads:
         weights = word_weights(captions, flip.tokenizer)
         flip.labels['words'] = nn.functional.pad(
             weights, (0, flip.config.vocab_size - len(weights))).tolist()
-    if 'nouns' in flip.heads:
+    if 'nouns' in heads:
         flip.labels['nouns'] = list(vocabulary.keys)
         flip.heads['nouns'].bias.copy_(vocabulary.log_odds())
 
@@ -114,21 +115,20 @@ def fit_model(
     captions:list[str]|None=None, # For `words`: captions to weigh tokens by
 ) -> FLIP: # The same, or a new one that shares the weights of common parts
     "A model with the parts that an objective needs."
-    names = split_objective(objective)
-    if is_in_place(flip, names):
-        if 'nouns' in names and vocabulary and list(vocabulary.keys) != flip.labels['nouns']:
-            raise ValueError(f"the model has {len(flip.labels['nouns'])} nouns of another "
-                             f"vocabulary than the {len(vocabulary.keys)} given; leave --nouns "
-                             "away, or start from a model without nouns")
-        return flip
-    parts = model_parts(names, flip.config.vocab_size, len(vocabulary.keys) if vocabulary else 0)
-    new = FLIP(replace(flip.config, **parts))
+    names,old = split_objective(objective),flip.config
+    keys = flip.labels.get('nouns') or (list(vocabulary.keys) if vocabulary else [])
+    if 'nouns' in names and vocabulary and list(vocabulary.keys) != keys:
+        raise ValueError(f"the model has {len(keys)} nouns of another vocabulary than the "
+                         f"{len(vocabulary)} given; leave --nouns away, or start from a model "
+                         "without nouns")
+    if is_in_place(flip, names): return flip
+    new = FLIP(replace(old, **model_parts(names, old.vocab_size, len(keys))))
     new.tokenizer = flip.tokenizer
-    start_heads(new, vocabulary, captions)
-    mine = new.state_dict()
-    known = {k: v for k,v in flip.state_dict().items()
-             if k in mine and v.shape == mine[k].shape and not k.startswith(('heads', 'logit'))}
-    new.load_state_dict(known, strict=False)
+    new.labels = {name: v for name,v in flip.labels.items() if name in new.heads}
+    start_heads(new, new.heads.keys() - flip.heads.keys(), vocabulary, captions)
+    same = old.text_tower and old.logit_bias == new.config.logit_bias    # the scale means the same
+    fits = lambda k: k in new.state_dict() and (same or not k.startswith('logit'))
+    new.load_state_dict({k: v for k,v in flip.state_dict().items() if fits(k)}, strict=False)
     return new.train(flip.training)
 
 # %% ../../nbs/3_objectives/08_family.ipynb #47301a4b

@@ -103,15 +103,15 @@ def cached_backward(
         with no_sync() if k < last else nullcontext():
             set_generator_states(state)
             out = model(**kwargs)
-            *out,extra = out if own else (*out, torch.zeros(()))
+            *out,extra = out if own else (*out, 0.)
             rows = next(len(x) for x in out if x.ndim == 2)
             due = (g[start:start+rows] if x.ndim == 2 else g*(k == last)
                    for x,g in zip(out, grads))
-            backward(sum((x*g).sum() for x,g in zip(out, due)) + extra.to(value.device))
-            value = value.detach() + extra.detach().to(value.device)
+            backward(sum((x*g).sum() for x,g in zip(out, due)) + extra)
+            if own: value = value + extra.detach()
         start += rows
     set_generator_states(after)
-    return value
+    return value.detach()
 
 # %% ../../nbs/7_scale/02_accumulate.ipynb #39508dec
 def summed_backward(

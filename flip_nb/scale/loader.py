@@ -308,7 +308,8 @@ def with_objective(
     o,vocabulary = config.objectives,None
     names = split_objective(o.objective)
     new = [name for name in names if name in LABELS and name not in flip.heads]
-    captions = captions() if new else None
+    read = 'words' in new or 'nouns' in new and not o.nouns
+    captions = captions() if read else None
     if o.nouns: vocabulary = NounVocabulary.load(o.nouns)
     elif 'nouns' in new:
         vocabulary = count_nouns(captions, say).cut(o.min_count)
