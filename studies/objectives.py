@@ -27,7 +27,7 @@ def work(config, kind, mask_ratio):
     total = encoder_flops(1 + n, config.image_width, config.image_depth, config.mlp_ratio)['total']
     if config.text_tower:
         total += encoder_flops(LENGTH, config.text_width, config.text_depth, config.mlp_ratio)['total']
-        total += 2*2*config.embed_dim*BATCH*(2 if 'infonce' in kind else 1)/2
+        total += 2*config.embed_dim*BATCH    # its row of similarities
     total += sum(2*config.image_width*n for n in (config.heads or {}).values())
     return total/1e9
 
