@@ -7,7 +7,7 @@ __all__ = ['begin_tuning', 'finetune', 'main']
 
 # %% ../nbs/8_transfer/04_finetune.ipynb #65519ee8
 from .scale.checkpoint import EXIT_RESUMABLE, Interrupted
-from .scale.config import begin_run
+from .scale.resume import begin_run
 from .scale.options import command_line, given, run_command
 from .transfer.tuner import FinetuneConfig, run_finetuning
 

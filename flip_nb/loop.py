@@ -28,6 +28,8 @@ class Stage:
     lr:float # Peak learning rate
     warmup_steps:int # Steps of linear rise
     grad_clip:float=0. # Largest gradient norm; 0 does not clip
+    final_lr:float=0. # Rate at the end, as a fraction of the peak, in [0, 1]
+    beta2:float=.95 # How long Adam remembers squared gradients, in [0, 1)
 
 # %% ../nbs/1_method/09_loop.ipynb #cf117d80
 def plan_stages(
@@ -37,14 +39,14 @@ def plan_stages(
     lr:float, # Peak learning rate of masked training
     tune_lr:float, # Peak learning rate of tuning
     warmup_steps:int, # Steps of linear rise of masked training
-    grad_clip:float=0., # Largest gradient norm; 0 does not clip
+    **shared, # Other fields of every stage, such as `grad_clip`
 ) -> list[Stage]: # One or two stages
     "Masked training, then unmasked tuning (Li et al. 2023, section 3.1)."
     if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
     first = Stage('masked' if mask_ratio else 'unmasked', steps, mask_ratio, lr,
-                  min(warmup_steps, steps - 1), grad_clip)
+                  min(warmup_steps, steps - 1), **shared)
     warmup = min(tune_steps - 1, tune_steps//20 + 1)
-    return [first] + ([Stage('tuning', tune_steps, 0., tune_lr, warmup, grad_clip)]
+    return [first] + ([Stage('tuning', tune_steps, 0., tune_lr, warmup, **shared)]
                       if tune_steps else [])
 
 # %% ../nbs/1_method/09_loop.ipynb #dcb46187
@@ -52,11 +54,12 @@ def warmup_cosine(
     step:int, # Optimiser steps done so far
     warmup_steps:int, # Steps of linear rise from 0
     total_steps:int, # Steps of the whole stage
+    final:float=0., # Factor at the end, in [0, 1]
 ) -> float: # Factor on the learning rate, in [0, 1]
-    "Linear warm-up, then cosine to zero (official code, train_state_initializer.py:44-61)."
+    "Linear warm-up, then half a cosine (official code, train_state_initializer.py:44-61)."
     if step < warmup_steps: return step / warmup_steps
     rest = max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / rest))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / rest))
 
 # %% ../nbs/1_method/09_loop.ipynb #04b71183
 def scaled_lr(
@@ -88,8 +91,8 @@ def make_optimizer(
 ) -> tuple: # Prepared AdamW, and its schedule
     "AdamW with warm-up and cosine decay."
     groups = groups or parameter_groups(accelerator.unwrap_model(model), weight_decay)
-    adamw = torch.optim.AdamW(groups, lr=stage.lr, betas=(.9, .95), fused=True)
-    factor = lambda step: warmup_cosine(step, stage.warmup_steps, stage.steps)
+    adamw = torch.optim.AdamW(groups, lr=stage.lr, betas=(.9, stage.beta2), fused=True)
+    factor = lambda step: warmup_cosine(step, stage.warmup_steps, stage.steps, stage.final_lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(adamw, factor)
     return AcceleratedOptimizer(adamw, scaler=accelerator.scaler), schedule
 

@@ -10,7 +10,8 @@ from .files import shown
 from .model import FLIP
 from .official.recipe import recipe_table
 from .scale.checkpoint import EXIT_RESUMABLE, Interrupted
-from .scale.config import TrainConfig, begin_run, resolve
+from .scale.config import TrainConfig, resolve
+from .scale.resume import begin_run
 from .scale.options import command_line, given, run_command
 from .scale.trainer import Trainer
 

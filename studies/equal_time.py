@@ -40,11 +40,11 @@ from flip_nb.train import train
 
 KINDS = 'infonce', 'sigmoid', 'words', 'nouns', 'infonce+words'
 RATIOS,RATES = (0., .5),{32: 1e-3, 256: 2e-3}
-SECONDS = dict(scenes=60., flickr8k_64=120., emoji64=60.)
+SECONDS = dict(scenes=40., flickr8k_64=120., emoji64=60.)
 SIZES = dict(scenes=dict(preset='tiny', patch_size=8, text_width=64), flickr8k_64=dict(preset='mini', patch_size=16, text_width=96),
              emoji64=dict(preset='mini', patch_size=16, text_width=96))      # 16 patches of an image; most of the work in the image tower
 LABELLED,FOREIGN = ('cifar10', 'tiny_imagenet'),2000      # rows of each split of the sets that no model was trained on
-STRENGTHS = (1., 10., 100.)                               # of the linear probe
+STRENGTHS = (10., 100.)                                   # of the linear probe
 
 def options(data, kind, mask_ratio, batch_size, seed=0):
     "What all runs share, and what tells them apart."
@@ -143,10 +143,11 @@ def score(run, data, kind, folder):
     "Scores of one run by `flip_nb.evaluate`."
     pairs,name = set(split_objective(kind)) & {'infonce', 'sigmoid'},Path(data).name
     asked = {}
-    if name == 'scenes': asked['scenes'] = ['zero_shot', 'knn', 'linear_probe', *['retrieval']*bool(pairs)],1000
+    if name == 'scenes': asked['scenes'] = ['zero_shot', 'knn', *['retrieval']*bool(pairs)],1000
     elif pairs: asked[data] = ['retrieval'],0
     for other in LABELLED:
-        asked[f'{other}={folder/other}'] = [*['zero_shot']*(name == 'flickr8k_64'), 'knn', 'linear_probe'],FOREIGN
+        tasks = [*['zero_shot']*(name == 'flickr8k_64'), 'knn', *['linear_probe']*((name, other) != ('scenes', 'tiny_imagenet'))]
+        asked[f'{other}={folder/other}'] = tasks,FOREIGN                    # a model of scenes tells 200 kinds of photographs hardly apart
     scores,few = {},partial(linear_probe, strengths=STRENGTHS)              # the whole search takes minutes for each set
     for i,(source,(tasks,limit)) in enumerate(asked.items()):
         with mock.patch.dict(linear_probe_task.__globals__, linear_probe=few):

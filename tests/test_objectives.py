@@ -3,6 +3,7 @@ import json, shutil
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
 
@@ -17,7 +18,7 @@ from flip_nb.official.openclip import OpenCLIPModel
 from flip_nb.scale.accumulate import cached_backward, split_batch
 from flip_nb.scale.checkpoint import checkpoints
 from flip_nb.train import train
-from small import WORDS, make_pairs, rng, tiny_flip
+from small import WORDS, make_pairs, pictures, png, rng, tiny_flip
 
 TEXTS = ['a red dog', 'a blue bird on a tree', 'two dogs', 'a tree and a house', 'very red']
 KINDS = 'sigmoid', 'words', 'nouns', 'infonce+words+nouns'
@@ -79,6 +80,64 @@ def test_every_part_is_trained_and_saved(done):
     assert all((line['logit_scale'] is None) == (flip.text_encoder is None) for line in lines)
     if kind == 'nouns': assert results['nouns']['labels'] == len(flip.labels['nouns']) and 0 < results['nouns']['mAP'] <= 1
 
+
+def test_an_averaged_run_resumes_bit_for_bit_and_publishes_the_average(tmp_path):
+    folder,half = tmp_path/'run',tmp_path/'half'
+    run('infonce', folder, ema=.3)
+    plain = tmp_path/'plain'
+    run('infonce', plain)
+    assert losses(folder) == losses(plain)    # the average only follows
+    average,last = weights(folder)['image_proj.weight'],weights(plain)['image_proj.weight']
+    state = torch.load(checkpoints(folder)[-1]/'state.pt', weights_only=True)['training']['model']['image_proj.weight']
+    assert torch.equal(state, last) and not torch.equal(average, last)
+    shutil.copytree(folder, half)
+    (half/'results.json').unlink()
+    for path in checkpoints(half):
+        if int(path.name[5:]) > 4: shutil.rmtree(path)
+    train(dataset=data(), resume=str(half), quiet=True)
+    first,second = weights(folder),weights(half)
+    assert all(torch.equal(first[k], second[k]) for k in first) and losses(half) == losses(folder)
+    assert json.loads((half/'results.json').read_text())['retrieval'] == json.loads((folder/'results.json').read_text())['retrieval']
+
+
+def test_a_recipe_of_catlip_trains_on_nouns(tmp_path):
+    few = {k: v for k,v in QUIET.items() if k not in ('steps', 'tune_steps')}
+    train(dataset=data(), model=tiny_flip(), recipe='catlip-b16-cc3m', preset=None, epochs=2, min_count=1, out=str(tmp_path/'run'), **few)
+    config = json.loads((tmp_path/'run'/'train_config.json').read_text())
+    wanted = dict(objective='nouns', mask_ratio=0., lr=2e-3, final_lr=.01, beta2=.999, ema=5e-4, grad_clip=1., steps=6, tune_steps=0, min_count=1)
+    assert {k: config[k] for k in wanted} == wanted
+    lines = [json.loads(line) for line in (tmp_path/'run'/'metrics.jsonl').read_text().splitlines()]
+    assert lines[-1]['lr'] == pytest.approx(2e-5)    # not zero
+    assert FLIP.from_pretrained(tmp_path/'run').text_encoder is None
+
+
+def test_a_run_from_before_these_options_existed_resumes(tmp_path):
+    folder = tmp_path/'run'
+    run('infonce', folder)
+    (folder/'results.json').unlink()
+    shutil.rmtree(checkpoints(folder)[-1])
+    stored = json.loads((folder/'train_config.json').read_text())
+    for name in ('objective', 'nouns', 'min_count', 'ema', 'beta2', 'final_lr'): stored.pop(name)
+    (folder/'train_config.json').write_text(json.dumps(stored))
+    before = weights(folder)
+    train(dataset=data(), resume=str(folder), quiet=True)
+    after = weights(folder)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize('kind', ('sigmoid', 'infonce+words+nouns', 'nouns'))
+def test_a_stream_gives_every_objective(kind, tmp_path):
+    texts = [TEXTS[i % len(TEXTS)] for i in range(24)]
+    (tmp_path/'data').mkdir()
+    for split,part in (('train-0', texts[:10]), ('train-1', texts[10:18]), ('test-0', texts[18:])):
+        rows = [dict(image=dict(bytes=png(x), path=None), caption=c) for x,c in zip(pictures(len(part), len(part)), part)]
+        Dataset.from_list(rows).to_parquet(tmp_path/'data'/f'{split}.parquet')
+    nouns = dict(min_count=1) if 'nouns' in kind else {}
+    train(model=tiny_flip(), data=str(tmp_path/'data'), stream=True, objective=kind, out=str(tmp_path/'run'), no_flip=True, buffer_size=4, **QUIET | nouns)
+    flip = FLIP.from_pretrained(tmp_path/'run')
+    assert all(torch.isfinite(torch.tensor(losses(tmp_path/'run')))) and len(losses(tmp_path/'run')) == 4
+    if 'nouns' in kind: assert {'n02084071', 'n01503061'} <= set(flip.labels['nouns'])    # dog and bird
+    if 'words' in kind: assert len(flip.labels['words']) == flip.config.vocab_size
 
 def test_what_a_model_of_labels_cannot_do_is_said(done, tmp_path):
     kind,folder,_ = done

@@ -167,7 +167,7 @@ def start_now(self:Evaluations,
     stage:Stage, # Under way
 ):
     "Copy the weights and evaluate them while training continues."
-    self.shadow.update(self.run.model)
+    self.shadow.update(self.run.shown)
     self.start(self.weights(stage))
 
 @patch
@@ -175,7 +175,7 @@ def finish(self:Evaluations,
     stage:Stage, # At its end
 ) -> dict: # Scores
     "Evaluate on every process, each its share, and wait."
-    model,began = self.shadow.update(self.run.model),time.perf_counter()
+    model,began = self.shadow.update(self.run.shown),time.perf_counter()
     results = self.evaluate(model)
     self.write(self.weights(stage), results, time.perf_counter() - began)
     return results

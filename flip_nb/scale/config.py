@@ -5,19 +5,17 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'data_text', 'DataConfig', 'ModelConfig', 'ObjectiveConfig', 'MaskingConfig', 'StageConfig', 'OptimConfig',
            'MachineConfig', 'SaveConfig', 'LogConfig', 'TrainConfig', 'changed', 'default_preset', 'check_together',
-           'resolve', 'stages_of', 'fill_in_steps', 'resume_config', 'remember_data', 'begin_run']
+           'resolve', 'stages_of', 'fill_in_steps']
 
 # %% ../../nbs/7_scale/04b_config.ipynb #5d94709a
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from ..loop import Stage, plan_stages, scaled_lr
 from ..objectives.family import check_objective
-from ..official.recipe import OFFICIAL_TUNING, get_recipe, virtual_steps
-from ..files import (
-    absolute_path, find_again, local_name, local_names, read_json, shown, write_json)
-from .options import (
-    build, check, enter, flatten, option, options_of, resumable)
+from ..official.recipe import (
+    OFFICIAL_TUNING, get_recipe, recipe_lr, recipe_steps, warmup_share)
+from ..files import absolute_path, local_name, local_names
+from .options import build, check, flatten, option
 
 # %% ../../nbs/7_scale/04b_config.ipynb #9f7cf10d
 def data_text(
@@ -79,8 +77,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     "What to learn from the captions."
-    # infonce, sigmoid, words, nouns, or a sum such as infonce+words
-    objective:str = option('infonce')
+    # infonce, sigmoid, words, nouns, or a sum such as infonce+words; default: infonce
+    objective:str|None = option(None)
     # With nouns: vocabulary, a file that python -m flip_nb.nouns wrote; default: counted in the
     # training captions
     nouns:str|None = option(None, path=absolute_path)
@@ -113,6 +111,8 @@ class StageConfig:
     tune_steps:int|None = option(None, least=0)
     # Peak learning rate of tuning; default: a tenth of --lr
     tune_lr:float|None = option(None, least=0)
+    # Learning rate at the end of a stage, as a fraction of its peak, below 1; default: 0
+    final_lr:float|None = option(None, least=0, below=1)
 
 # %% ../../nbs/7_scale/04b_config.ipynb #6d1adfd2
 @dataclass(frozen=True)
@@ -124,6 +124,11 @@ class OptimConfig:
     # Side of the blocks in which the loss is computed, for very large batches; 0 computes it whole
     loss_chunk:int = option(0, least=0, resume=True)
     weight_decay:float|None = option(None, least=0) # AdamW's decay of matrices; default: 0.2
+    # AdamW's memory of squared gradients, in [0, 1); default: 0.95
+    beta2:float|None = option(None, least=0, below=1)
+    # Momentum of a running average of the weights, such as 5e-4, which is then evaluated and saved
+    # as the model; default: 0, no average
+    ema:float|None = option(None, least=0, below=1)
     # Largest gradient norm; 0, the default, does not clip
     grad_clip:float|None = option(None, least=0)
     # Steps in a row without finite gradients after which the run stops; fewer are skipped
@@ -198,8 +203,9 @@ def changed(
     return build(TrainConfig, flatten(config) | values)
 
 # %% ../../nbs/7_scale/04b_config.ipynb #2aeb11e9
-DEFAULTS = dict(mask_ratio=0.5, batch_size=128, lr=2e-3, weight_decay=0.2, grad_clip=0.,
-                min_area=0.5, vocab_size=4096, min_count=5)
+DEFAULTS = dict(objective='infonce', mask_ratio=0.5, batch_size=128, lr=2e-3, final_lr=0.,
+                weight_decay=0.2, beta2=0.95, grad_clip=0., ema=0., min_area=0.5, vocab_size=4096,
+                min_count=5)
 
 def default_preset(
     data:str, # The option `data`
@@ -219,7 +225,8 @@ def check_together(
     for name in ('weights', 'pairs'):
         if name in chosen and not o['stream']:
             raise ValueError(f"--{name} {o[name]} is for data that are streamed: give --stream too")
-    check_objective(o)
+    recipe = get_recipe(o['recipe']) if o['recipe'] else {}
+    check_objective(o | dict(objective=o['objective'] or recipe.get('objective', 'infonce')))
     if {'init', 'vocab'} <= chosen:
         raise ValueError("give either --init or --vocab, not both: a trained model keeps its "
                          "vocabulary")
@@ -244,10 +251,12 @@ def resolve(
     check(config)
     o = flatten(config)
     explicit = {k: v for k,v in o.items() if v is not None}
-    recipe = get_recipe(explicit['recipe']) if 'recipe' in explicit else {}
     check_together(config)
+    recipe = get_recipe(explicit['recipe']) if 'recipe' in explicit else {}
+    if explicit.keys() & {'steps', 'epochs'}:                   # only one of them counts
+        recipe = {k: v for k,v in recipe.items() if k not in ('steps', 'epochs')}
     o |= {k: v for k,v in (DEFAULTS | recipe | explicit).items() if k in o}
-    if recipe and 'lr' not in explicit: o['lr'] = scaled_lr(recipe['base_lr'], o['batch_size'])
+    if recipe and 'lr' not in explicit: o['lr'] = recipe_lr(recipe, o['batch_size'])
     if 'vocab_size' in explicit or o['keep_accents'] or o['init']: o['vocab'] = None
     if not o['init'] and not o['preset']: o['preset'] = default_preset(o['data'])
     return build(TrainConfig, o)
@@ -257,86 +266,24 @@ def stages_of(
     config:TrainConfig, # Options in which nothing is open
 ) -> list[Stage]: # What to do
     "Masked training, then tuning."
-    s = config.stages
+    s,o = config.stages,config.optim
     return plan_stages(s.steps, s.tune_steps, config.masking.mask_ratio, s.lr, s.tune_lr,
-                       s.warmup_steps,
-                       config.optim.grad_clip)
+                       s.warmup_steps, grad_clip=o.grad_clip, final_lr=s.final_lr, beta2=o.beta2)
 
 def fill_in_steps(
     config:TrainConfig, # Resolved options
     rows:int|None, # Training pairs; None only where the steps are given
 ) -> TrainConfig: # Options in which nothing is open
     "Turn epochs into steps, and defaults into numbers."
-    o,recipe = flatten(config),get_recipe(config.recipe) if config.recipe else None
+    o,recipe = flatten(config),get_recipe(config.recipe) if config.recipe else {}
     if o['epochs'] is None and o['steps'] is None:
-        if recipe: o['steps'] = virtual_steps(recipe['virtual_epochs'], o['batch_size'])
+        if recipe: o['steps'] = recipe_steps(recipe, o['batch_size'])
         elif o['data'] == 'scenes': o['steps'] = 3000
         else: o['epochs'] = 60
     if o['steps'] is None: o['steps'] = max(1, round(o['epochs']*rows/o['batch_size']))
     if o['tune_steps'] is None: o['tune_steps'] = o['steps']//20
     if o['tune_lr'] is None:
         tuned = scaled_lr(OFFICIAL_TUNING['base_lr'], o['batch_size'])
-        o['tune_lr'] = tuned if recipe else o['lr']/10
-    share = recipe['warmup_epochs']/recipe['virtual_epochs'] if recipe else 1/20
-    if o['warmup_steps'] is None: o['warmup_steps'] = int(o['steps']*share + 1e-6)
+        o['tune_lr'] = tuned if 'base_lr' in recipe else o['lr']/10
+    if o['warmup_steps'] is None: o['warmup_steps'] = int(o['steps']*warmup_share(recipe) + 1e-6)
     return build(TrainConfig, o)
-
-# %% ../../nbs/7_scale/04b_config.ipynb #ffacef84
-def resume_config(
-    values:dict, # Flat name to value, defaults included; has 'resume'
-    chosen:set[str], # Names of those that somebody gave
-    Config:type=TrainConfig, # Dataclass of the options
-    file:str='train_config.json', # Where the run folder keeps them
-): # Instance of `Config`: the options of the run in the folder; None where there is none yet
-    "Look up what a run was started with."
-    path = Path(values['resume'])/file
-    if not path.exists(): return None
-    stored,known = read_json(path),options_of(Config)
-    if isinstance(data := stored.get('data'), str):
-        door = known['data'][0].metadata['path']
-        needed = 'data' not in chosen and not path.with_name('results.json').exists()
-        stored['data'] = find_again(data, path.parent, door, needed)
-    stored = enter(Config, stored)
-    settled = {k for k in ('run', 'mixed_precision') if values.get(k) in (None, 'auto')}
-    for name in sorted(chosen - settled):
-        if name in resumable(Config): stored[name] = values[name]
-        elif stored.get(name) != values[name]:
-            typed = name if known[name][0].metadata['positional'] else f'--{name}'
-            raise ValueError(
-                f"the run in {shown(path.parent)!r} was started with {typed} "
-                f"{stored.get(name)!r}, not {values[name]!r}; leave it away, or start another run")
-    stored |= dict(out=str(path.parent), resume=str(values['resume']))
-    return build(Config, values | stored)
-
-def remember_data(
-    folder:str|Path, # Run folder
-    config:TrainConfig, # Options of the resumed run
-):
-    "Where the data were moved: who resumes or evaluates the run next finds them."
-    stored = read_json(path := Path(folder)/'train_config.json')
-    if stored.get('data') != config.data.data:
-        write_json(path, stored | dict(data=config.data.data))
-
-# %% ../../nbs/7_scale/04b_config.ipynb #be61a002
-def begin_run(
-    values:dict, # Flat name of every option to its value
-    chosen:set[str], # Names of those that somebody gave
-    run, # Function (options) that starts or continues a run and returns its results
-    settle=lambda config: config, # Function that completes the options of a new run
-    **kind, # `Config` and `file` of `resume_config`
-) -> dict: # What is in results.json
-    "Start a run, or resume one; a finished one is only read."
-    resume,out,Config = values['resume'],values['out'],kind.get('Config', TrainConfig)
-    if resume is None: return run(settle(build(Config, values)))
-    if out not in (None, resume):
-        raise ValueError(f"--resume {shown(resume)} continues in its own folder: leave --out "
-                         f"{shown(out)} away")
-    if (config := resume_config(values, chosen, **kind)) is None:
-        if 'data' not in chosen:
-            raise ValueError(f"there is no run in {shown(resume)!r} to resume; to start one "
-                             "there, give --data too")
-        return run(settle(build(Config, values | dict(out=resume, resume=None))))
-    if not (done := Path(resume)/'results.json').exists(): return run(config)
-    if not values['quiet'] and os.environ.get('RANK', '0') == '0':
-        print(f"the run in {shown(resume)} is finished; its results are in {shown(done)}")
-    return read_json(done)

@@ -24,6 +24,7 @@ def describe_run(
              f"{s.warmup_steps:,}"
              for s in stages_of(config)]
     many = f"{processes} process{'es' if processes > 1 else ''}"
+    if ema := config.optim.ema: parts.append(f'average of the weights with momentum {ema:g}')
     return (f"{config.model.preset or shown(config.model.init)} on {Path(config.data.data).name}, "
             f"{config.objectives.objective}, {config.optim.batch_size:,} pairs per step on {many}: "
             + '; then '.join(parts))

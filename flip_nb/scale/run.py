@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Progress', 'progress_state', 'progress_from', 'end_stage', 'count_bad_steps', 'Run', 'cut_logs', 'own_lanes',
            'publish', 'advice', 'Checkpoints', 'save_run', 'stop_run', 'ending', 'final_files', 'hold_folder',
-           'open_checkpoint', 'check_identity']
+           'open_checkpoint']
 
 # %% ../../nbs/7_scale/04d_run.ipynb #e9ba9b8b
 import os
@@ -115,10 +115,16 @@ class Run:
     schedule:object = None # Its learning rates
     # What a checkpoint has to agree with, such as seed and rows of the data
     identity:dict = field(default_factory=dict)
+    average:nn.Module|None = None # What `start_average` returned
 
     def __post_init__(self):
         self.metrics = LogFile(Path(self.folder)/'metrics.jsonl')
         self.clock = time.perf_counter()
+
+    @property
+    def shown(self) -> nn.Module: # The average where there is one
+        "The weights to evaluate and to publish."
+        return self.model if self.average is None else self.average.module
 
     def wall(self) -> float: # Seconds
         "How long the run has taken, over all its parts."
@@ -209,7 +215,8 @@ class Checkpoints:
         own = gather_objects(dict(random=random_state(), lanes=run.progress.lanes))
         lanes = own_lanes([o['lanes'] for o in own], self.workers)
         training = training_state(run.wrapped, run.optimizer)
-        training.pop('model', None)  # the weights have a file of their own
+        # the weights to publish have a file of their own
+        if run.average is None: training.pop('model', None)
         scaler = run.accelerator.scaler
         return dict(
             progress=progress_state(run.progress) | dict(lanes=lanes), training=training,
@@ -237,7 +244,7 @@ def save_run(
 ):
     "Write a checkpoint, if there is none of this step; every process has to call it."
     c,run = checkpoints,checkpoints.run
-    done,model,fault = run.progress.done,run.model,None
+    done,model,fault = run.progress.done,run.shown,None
     if c.last == done: return
     state = c.state()
     if leave and c.beside: c.beside.cancel()
@@ -329,20 +336,6 @@ def open_checkpoint(
         if path: print(f"resuming from {shown(path)}")
     if path is None: return None, None
     saved = read_state(path/'state.pt')
-    saved['training']['model'] = load_file(path/'model.safetensors')
+    if 'model' not in saved['training']:
+        saved['training']['model'] = load_file(path/'model.safetensors')
     return path, saved
-
-def check_identity(
-    path:Path, # Checkpoint
-    saved:dict, # Its state
-    identity:dict, # Name to value, those of the run that wants to resume
-):
-    "Name the first thing in which a checkpoint is of another run, or of other data."
-    for name,there in saved.get('identity', {}).items():  # older checkpoints have none
-        here = identity.get(name, there)
-        if None in (there, here) or there == here: continue
-        if name == 'rows':
-            raise ValueError(f"the run was trained on {there:,} rows, but the data have {here:,} "
-                             "now; give --data with the same rows, or start another run")
-        raise ValueError(f"{path.name} is of a run with {name} {there!r}, and this run has "
-                         f"{here!r}; move that checkpoint out of {shown(path.parent)!r}")

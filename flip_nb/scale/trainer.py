@@ -32,15 +32,17 @@ from ..objectives.family import noun_vocabulary, objective_of, split_objective
 from .accumulate import checkpoint_blocks, compile_towers
 from .beside import Evaluations
 from .checkpoint import StopRequest, agree
-from .config import TrainConfig, changed, fill_in_steps, remember_data, stages_of
+from .average import check_whole, start_average
+from .config import TrainConfig, changed, fill_in_steps, stages_of
 from flip_nb.scale.loader import (
     RunData, count_rows, data_waiting, deliver, make_loader, make_stream, noise_sizes,
     open_model_and_data)
 from .objective import objective_backward
 from .options import flatten
+from .resume import check_identity, remember_data
 from .results import describe_run, finish_run
 from .run import (
-    Checkpoints, Progress, Run, advice, check_identity, count_bad_steps, cut_logs, end_stage,
+    Checkpoints, Progress, Run, advice, count_bad_steps, cut_logs, end_stage,
     ending, hold_folder, open_checkpoint, progress_from, publish, save_run, stop_run)
 from flip_nb.scale.setup import (
     choose_trackers, explain_divergence, make_accelerator, memory_gb, prepare_model,
@@ -234,7 +236,9 @@ def open_run(
     skipped = SkippedRows(run.folder/f'skipped-{a.process_index}.jsonl', c.data.max_broken,
                           min(10_000, rows or 10_000), seen)
     evaluations = Evaluations(run, partial(data.evaluate, tokenizer=flip.tokenizer))
+    run.average = start_average(flip, c.optim.ema, bool(saved))
     run.wrapped = prepare_model(a, prepare_towers(flip, c))
+    if run.average: check_whole(run.wrapped, c.optim.ema)
     checkpoints = Checkpoints(run, c.save, c.data.workers, evaluations)
     start_trackers(run, c)
     if path and a.is_main_process: publish(path, run.folder)    # a kill may have come just before
@@ -300,6 +304,7 @@ class Trainer:
                 for step in training_steps(a, run.wrapped, run.optimizer, run.schedule, batches,
                                            stage, parts.backward, p.step):
                     p.add(step); bar.update()
+                    if run.average: run.average.update_parameters(run.model)
                     due = step.is_due(c.log.log_every)
                     asked = agree(stop) if due or alone else ''
                     if not due and not asked: continue

@@ -30,8 +30,9 @@ from ..scale.checkpoint import StopRequest, agree, latest_checkpoint
 from ..scale.config import SaveConfig
 from ..scale.loader import data_waiting, deliver, make_loader
 from ..scale.options import build, check, flatten, option
+from ..scale.resume import check_identity
 from ..scale.run import (
-    Checkpoints, Progress, Run, check_identity, count_bad_steps, cut_logs, ending, final_files,
+    Checkpoints, Progress, Run, count_bad_steps, cut_logs, ending, final_files,
     hold_folder, open_checkpoint, progress_from, publish, save_run, stop_run)
 from ..scale.setup import explain_divergence, make_accelerator, prepare_model
 from ..scale.trainer import progress_bar
