@@ -39,8 +39,8 @@ class QuestionConfig:
     # glob, or a hub name; several with commas; default: what the first run was trained on, or
     # scenes where that is not known
     data:str|list[str]|None = option(None, path=partial(local_names, known=('scenes', *REGISTRY)))
-    # zero_shot, retrieval, knn, linear_probe, robustness, masked_views, with commas; default:
-    # zero_shot or retrieval, whichever fits
+    # zero_shot, retrieval, knn, linear_probe, robustness, masked_views, nouns, with commas;
+    # default: zero_shot or retrieval, whichever fits
     tasks:str|list[str]|None = option(None)
     # Split to measure on: test, val or train; where there is no test, val takes its place
     split:str = option('test')

@@ -233,7 +233,7 @@ def describe_norms(
     "Temperature, and the gradient norm of each part."
     named = zip(parts, norms.tolist())
     text = 'gradient norms: ' + ', '.join(f'{name} {n:.3g}' for name,n in named)
-    if not hasattr(flip, 'logit_scale'): return text
+    if getattr(flip, 'text_encoder', None) is None: return text
     return f"temperature {1/clamped_exp(full(flip.logit_scale)).item():.4g}; {text}"
 
 # %% ../nbs/1_method/09_loop.ipynb #57d9538c

@@ -12,7 +12,7 @@ import warnings
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from .masking import patchify, random_mask, take_tokens
+from .masking import patchify, random_mask
 from .transformer import Transformer, init_linear, sincos_2d
 
 # %% ../nbs/1_method/03_vision.ipynb #a079412d

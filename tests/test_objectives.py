@@ -6,11 +6,13 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
+from torchmetrics.classification import MultilabelAveragePrecision
 
 from flip_nb.evaluate import evaluate
 from flip_nb.loss import clamped_exp, info_nce, normalize
-from flip_nb.model import FLIP
+from flip_nb.model import FLIP, to_float
 from flip_nb.objectives.family import Objective, fit_model, split_objective
+from flip_nb.objectives.nouns import caption_nouns
 from flip_nb.objectives.sigmoid import sigmoid_loss
 from flip_nb.objectives.vocabulary import count_nouns
 from flip_nb.objectives.words import row_word_loss, word_loss, word_weights
@@ -137,6 +139,16 @@ def test_a_stream_gives_every_objective(kind, tmp_path):
     flip = FLIP.from_pretrained(tmp_path/'run')
     assert all(torch.isfinite(torch.tensor(losses(tmp_path/'run')))) and len(losses(tmp_path/'run')) == 4
     if 'nouns' in kind: assert {'n02084071', 'n01503061'} <= set(flip.labels['nouns'])    # dog and bird
+    given = dict(data=str(tmp_path/'data'), tasks=['nouns'], threads=1, quiet=True)
+    if 'nouns' not in kind:
+        with pytest.raises(ValueError, match='the task nouns needs a model that learned nouns'): evaluate(str(tmp_path/'run'), **given)
+        return
+    row, = evaluate(str(tmp_path/'run'), **given)['rows']
+    z,answers = flip.image_encoder(to_float(pictures(6, 6))).detach(),torch.zeros(6, len(flip.labels['nouns']))
+    for y,c in zip(answers, texts[18:]): y[[flip.labels['nouns'].index(n) for n in caption_nouns(c)]] = 1
+    seen = answers.any(0)
+    wanted = MultilabelAveragePrecision(int(seen.sum()), average='macro')(flip.heads['nouns'](z)[:, seen].sigmoid(), answers[:, seen].long())
+    assert row['score'] == pytest.approx(wanted.item(), rel=1e-5) and row['n'] == int(seen.sum())
     if 'words' in kind: assert len(flip.labels['words']) == flip.config.vocab_size
 
 def test_what_a_model_of_labels_cannot_do_is_said(done, tmp_path):

@@ -9,7 +9,6 @@ __all__ = ['DEFAULTS', 'data_text', 'DataConfig', 'ModelConfig', 'ObjectiveConfi
 
 # %% ../../nbs/7_scale/04b_config.ipynb #5d94709a
 from dataclasses import dataclass
-from pathlib import Path
 from ..loop import Stage, plan_stages, scaled_lr
 from ..objectives.family import check_objective
 from ..official.recipe import (

@@ -37,7 +37,7 @@ from ..objectives.family import LABELS, fit_model, split_objective
 from ..objectives.vocabulary import NounVocabulary, count_nouns
 from ..official.recipe import load_tokenizer
 from .checkpoint import StopRequest
-from .config import DataConfig, ModelConfig, TrainConfig
+from .config import ModelConfig, TrainConfig
 from ..scenes import Scenes, caption_scenes
 from ..text import CaptionTokenizer
 from ..evaluation.scores import evaluate_pairs, evaluate_scenes

@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 import typing
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from pathlib import Path
 from ..core import nearest
@@ -153,7 +153,7 @@ def build(
     values:dict, # Flat name to value; what is missing has its default
 ): # Checked instance of `Config`
     "Put flat values into their groups."
-    known,types = options_of(Config),typing.get_type_hints(Config)
+    known = options_of(Config)
     for name in values:
         if name not in known:
             raise ValueError(f"there is no option --{name}." + nearest(name, list(known)))

@@ -9,7 +9,6 @@ __all__ = ['describe_run', 'plot_run', 'card_metrics', 'collect_results', 'repor
 from pathlib import Path
 import torch
 from ..files import read_json, read_lines, shown, write_json
-from ..loop import Stage
 from .config import TrainConfig, stages_of
 from .run import Run, final_files
 from ..evaluation.scores import results_table
@@ -24,10 +23,10 @@ def describe_run(
              f"{s.warmup_steps:,}"
              for s in stages_of(config)]
     many = f"{processes} process{'es' if processes > 1 else ''}"
-    if ema := config.optim.ema: parts.append(f'average of the weights with momentum {ema:g}')
+    ema = f'; average of the weights, momentum {config.optim.ema:g}' if config.optim.ema else ''
     return (f"{config.model.preset or shown(config.model.init)} on {Path(config.data.data).name}, "
             f"{config.objectives.objective}, {config.optim.batch_size:,} pairs per step on {many}: "
-            + '; then '.join(parts))
+            + '; then '.join(parts) + ema)
 
 # %% ../../nbs/7_scale/04f_results.ipynb #9c4e6074
 def plot_run(

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import torch
 from accelerate import Accelerator
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn, Tensor
@@ -121,11 +122,6 @@ class Run:
         self.metrics = LogFile(Path(self.folder)/'metrics.jsonl')
         self.clock = time.perf_counter()
 
-    @property
-    def shown(self) -> nn.Module: # The average where there is one
-        "The weights to evaluate and to publish."
-        return self.model if self.average is None else self.average.module
-
     def wall(self) -> float: # Seconds
         "How long the run has taken, over all its parts."
         now = time.perf_counter()
@@ -149,6 +145,12 @@ class Run:
         if a.scaler: a.scaler.load_state_dict(saved['scaler'])
         if len(saved['random']) == a.num_processes:
             set_random_state(saved['random'][a.process_index])
+
+# %% ../../nbs/7_scale/04d_run.ipynb #e0a00011
+@patch(as_prop=True)
+def shown(self:Run) -> nn.Module: # The average where there is one
+    "The weights to evaluate and to publish."
+    return self.model if self.average is None else self.average.module
 
 # %% ../../nbs/7_scale/04d_run.ipynb #cbae4eea
 def cut_logs(
@@ -215,8 +217,7 @@ class Checkpoints:
         own = gather_objects(dict(random=random_state(), lanes=run.progress.lanes))
         lanes = own_lanes([o['lanes'] for o in own], self.workers)
         training = training_state(run.wrapped, run.optimizer)
-        # the weights to publish have a file of their own
-        if run.average is None: training.pop('model', None)
+        if run.average is None: training.pop('model', None)  # these have a file of their own
         scaler = run.accelerator.scaler
         return dict(
             progress=progress_state(run.progress) | dict(lanes=lanes), training=training,

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['make_fast', 'prepare_towers', 'start_folder', 'start_trackers', 'open_loader', 'check_steps', 'scale_of', 'log_line',
-           'progress_bar', 'bar_text', 'Parts', 'open_run', 'evaluation_is_due', 'checkpoint_is_due', 'begin_stage',
-           'Trainer']
+           'progress_bar', 'bar_text', 'Parts', 'follow_weights', 'open_run', 'evaluation_is_due', 'checkpoint_is_due',
+           'begin_stage', 'Trainer']
 
 # %% ../../nbs/7_scale/05_trainer.ipynb #2c4aa1c6
 import importlib.util
-import sys
-import time
+import sys, time
 from collections import Counter
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
-from torch import nn, Tensor
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from ..data.pairs import Collate, SkippedRows
@@ -207,6 +206,17 @@ class Parts:
     lock:object # Open file that keeps other runs out of the folder
 
 # %% ../../nbs/7_scale/05_trainer.ipynb #2bca5017
+def follow_weights(
+    run:Run, # With its model, not wrapped
+    config:TrainConfig, # Options
+    resumed:bool, # Whether the model holds an average of earlier steps already
+):
+    "Start the average, if there is one, and wrap the model."
+    run.average = start_average(run.model, config.optim.ema, resumed)
+    run.wrapped = prepare_model(run.accelerator, prepare_towers(run.model, config))
+    if run.average: check_whole(run.wrapped, config.optim.ema)
+
+# %% ../../nbs/7_scale/05_trainer.ipynb #2bca5001
 def open_run(
     config:TrainConfig, # Resolved options, or those of the run in the folder to resume
     dataset=None, # Object to train on instead of --data
@@ -236,9 +246,7 @@ def open_run(
     skipped = SkippedRows(run.folder/f'skipped-{a.process_index}.jsonl', c.data.max_broken,
                           min(10_000, rows or 10_000), seen)
     evaluations = Evaluations(run, partial(data.evaluate, tokenizer=flip.tokenizer))
-    run.average = start_average(flip, c.optim.ema, bool(saved))
-    run.wrapped = prepare_model(a, prepare_towers(flip, c))
-    if run.average: check_whole(run.wrapped, c.optim.ema)
+    follow_weights(run, c, bool(saved))
     checkpoints = Checkpoints(run, c.save, c.data.workers, evaluations)
     start_trackers(run, c)
     if path and a.is_main_process: publish(path, run.folder)    # a kill may have come just before
