@@ -28,14 +28,15 @@ from flip_nb.scale.beside import Evaluations, Shadow, mean_score
 from flip_nb.scale.checkpoint import (
     Interrupted, StopRequest, checkpoints, latest_checkpoint, mark_best, random_state, read_state, save_checkpoint, set_random_state,
     training_state)
-from flip_nb.scale.config import TrainConfig, changed, fill_in_steps, resolve, resume_config, stages_of
+from flip_nb.scale.config import TrainConfig, changed, fill_in_steps, resolve, stages_of
 from flip_nb.scale.loader import count_rows, deliver, make_loader, make_stream, new_model, noise_sizes, open_train_data
 from flip_nb.objectives.family import Objective
 from flip_nb.scale.objective import objective_backward
 from flip_nb.scale.options import build, flatten, given
+from flip_nb.scale.resume import check_identity, resume_config
 from flip_nb.scale.results import collect_results, plot_run
 from flip_nb.scale.run import (
-    Checkpoints, Progress, Run, check_identity, count_bad_steps, cut_logs, end_stage, own_lanes, progress_from,
+    Checkpoints, Progress, Run, count_bad_steps, cut_logs, end_stage, own_lanes, progress_from,
     progress_state, publish, save_run)
 from flip_nb.scale.steps import filled_up, largest_batch, made_batch, our_step
 from flip_nb.scale.trainer import (

@@ -9,7 +9,8 @@ from nbdev.doclinks import nbglob
 
 from flip_nb.bench import ReportOptions
 from flip_nb.evaluate import EvaluateConfig, trained_on
-from flip_nb.scale.config import TrainConfig, resume_config
+from flip_nb.scale.config import TrainConfig
+from flip_nb.scale.resume import resume_config
 from flip_nb.scale.options import build, command_line, defaults, flatten, given, options_of
 from flip_nb.transfer.tuner import FinetuneConfig
 
