@@ -178,9 +178,10 @@ def test_weight_decay_is_passed_on(cpu):
 
 
 def test_stages_of_a_run():
-    first,tuning = plan_stages(100, 40, .75, 1e-3, 1e-5, 7, grad_clip=.5, final_lr=.1, beta2=.9)
-    assert (first.final_lr, tuning.final_lr, first.beta2, tuning.beta2) == (.1, .1, .9, .9)
+    first,tuning = plan_stages(100, 40, .75, 1e-3, 1e-5, 7, grad_clip=.5)
     assert first == Stage('masked', 100, .75, 1e-3, 7, .5) and tuning == Stage('tuning', 40, 0., 1e-5, 3, .5)
+    first,tuning = plan_stages(100, 40, .75, 1e-3, 1e-5, 7, final_lr=.1, beta2=.9)
+    assert (first.final_lr, tuning.final_lr, first.beta2, tuning.beta2) == (.1, .1, .9, .9)
     assert plan_stages(5, 0, 0., 1., 1., 50) == [Stage('unmasked', 5, 0., 1., 4)]
     assert plan_stages(5, 1, .5, 1., 1., 0)[1].warmup_steps == 0
 
