@@ -26,7 +26,8 @@ def describe_run(
     steps,ema = sum(s.steps for s in stages_of(config)),''
     if m := config.optim.ema:
         ema = f'; average of the weights, momentum {m:g}'
-        if m*steps < 2: ema += f', looks back over {1/m:,.0f} steps: too far, give a larger --ema or 0'
+        if m*steps < 2:
+            ema += f', looks back over {1/m:,.0f} steps: too far, give a larger --ema or 0'
     return (f"{config.model.preset or shown(config.model.init)} on {Path(config.data.data).name}, "
             f"{config.objectives.objective}, {config.optim.batch_size:,} pairs per step on {many}: "
             + '; then '.join(parts) + ema)
