@@ -17,7 +17,8 @@ from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import NBProcessor
 
 timeout = 900    # seconds for one notebook
-notebooks = sorted(p.relative_to(root).as_posix() for p in nbglob(root/'nbs', as_path=True))
+notebooks = sorted((p.relative_to(root).as_posix() for p in nbglob(root/'nbs', as_path=True)),
+                   key=lambda name: (name.count('/'), name))    # the two pages at the top are long: nobody waits for them at the end
 every_notebook = pytest.mark.parametrize('name', notebooks)
 bypasses = {
     r'\bos\._exit\b': 'ends the test process, and with it every later test',
