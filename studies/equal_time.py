@@ -1,8 +1,8 @@
 """Five objectives at equal time: InfoNCE, sigmoid, words, nouns, and InfoNCE with words; 0 and 50% masking, two batch sizes, three seeds.
 
-    python studies/equal_time.py scenes --measure_speed                        # results/equal_time/scenes-speed.json, on an idle machine
-    python studies/equal_time.py scenes --seed 0                         # results/equal_time/scenes-seed0.json: train and score
-    python studies/equal_time.py ../shared/data/flickr8k_64 --measure_speed    # the same for a folder of pairs
+    python studies/equal_time.py scenes --measure_speed                         # results/equal_time/scenes-speed.json, on an idle machine
+    python studies/equal_time.py scenes --seed 0                                # results/equal_time/scenes-seed0.json: train and score
+    python studies/equal_time.py ../shared/data/flickr8k_64 --measure_speed   # the same for a folder of pairs
     python studies/equal_time.py ../shared/data/flickr8k_64 --seed 0
 
 The step counts come from the measured speed, so the runs can share the machine with other work; nine tenths of the time go to
@@ -10,7 +10,6 @@ training, one tenth to tuning without masks. Rates depend on the batch alone and
 from `flip_nb.evaluate`. A run that is stored is not repeated; `--kinds infonce,nouns` does a part.
 """
 import json
-import os
 import statistics
 import tempfile
 import time
