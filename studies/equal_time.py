@@ -7,7 +7,7 @@
 
 The step counts come from the measured speed, so the runs can share the machine with other work; nine tenths of the time go to
 training, one tenth to tuning without masks. Rates depend on the batch alone and were not tuned for any objective. Scores come
-from `flip_nb.evaluate`. A run that is stored is not repeated; `--kinds infonce,nouns` does a part.
+from `flip_nb.evaluate`, with two strengths for the linear probe. A run that is stored is not repeated; `--kinds infonce,nouns` does a part.
 """
 import json
 import statistics
@@ -94,6 +94,7 @@ def two_processes(rank, folder, model, batch, stage, kind):
     goal = objective_of(model, split_objective(kind))
     part = {k: v.chunk(2)[rank] for k,v in batch.items() if torch.is_tensor(v)}
     with exchanged(features): objective_loss(wrapped, part, stage, goal).backward()
+    # the hook's own exchange went through the patched function, too
     if rank == 0: write_json(Path(folder)/'bytes.json', dict(features=sum(features) - sum(gradients), gradients=sum(gradients)))
     dist.destroy_process_group()
 

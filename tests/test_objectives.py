@@ -50,14 +50,19 @@ def losses(folder): return [json.loads(line)['loss'] for line in (folder/'metric
 def weights(folder): return load_file(folder/'model.safetensors')
 
 
-def test_a_run_resumes_bit_for_bit(done, tmp_path):
-    kind,folder,_ = done
-    half = tmp_path/'run'
+def resumed_half_way(folder, half):
+    "A copy of a run that was stopped after step 4 and resumed."
     shutil.copytree(folder, half)
     (half/'results.json').unlink()
     for path in checkpoints(half):
         if int(path.name[5:]) > 4: shutil.rmtree(path)
     train(dataset=data(), resume=str(half), quiet=True)
+    return half
+
+
+def test_a_run_resumes_bit_for_bit(done, tmp_path):
+    kind,folder,_ = done
+    half = resumed_half_way(folder, tmp_path/'run')
     first,second = weights(folder), weights(half)
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first), kind
     assert FLIP.from_pretrained(half).labels == FLIP.from_pretrained(folder).labels
@@ -92,11 +97,7 @@ def test_an_averaged_run_resumes_bit_for_bit_and_publishes_the_average(tmp_path)
     average,last = weights(folder)['image_proj.weight'],weights(plain)['image_proj.weight']
     state = torch.load(checkpoints(folder)[-1]/'state.pt', weights_only=True)['training']['model']['image_proj.weight']
     assert torch.equal(state, last) and not torch.equal(average, last)
-    shutil.copytree(folder, half)
-    (half/'results.json').unlink()
-    for path in checkpoints(half):
-        if int(path.name[5:]) > 4: shutil.rmtree(path)
-    train(dataset=data(), resume=str(half), quiet=True)
+    resumed_half_way(folder, half)
     first,second = weights(folder),weights(half)
     assert all(torch.equal(first[k], second[k]) for k in first) and losses(half) == losses(folder)
     assert json.loads((half/'results.json').read_text())['retrieval'] == json.loads((folder/'results.json').read_text())['retrieval']

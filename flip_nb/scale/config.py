@@ -225,7 +225,7 @@ def check_together(
         if name in chosen and not o['stream']:
             raise ValueError(f"--{name} {o[name]} is for data that are streamed: give --stream too")
     recipe = get_recipe(o['recipe']) if o['recipe'] else {}
-    check_objective(o | dict(objective=o['objective'] or recipe.get('objective', 'infonce')))
+    check_objective(o | dict(objective=o['objective'] or (DEFAULTS | recipe)['objective']))
     if {'init', 'vocab'} <= chosen:
         raise ValueError("give either --init or --vocab, not both: a trained model keeps its "
                          "vocabulary")
